@@ -1,0 +1,47 @@
+# Two commands do everything on a machine that has only Python: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# onnxruntime-gpu and onnxruntime share files and must never both be installed.
+RUNTIME ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint format types clean
+
+demo: $(VENV)/.demo
+	$(BIN)/atpatch-onnx demo
+
+test: $(VENV)/.test
+	$(BIN)/pytest -q
+
+lint: $(VENV)/.test types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Type checkers do not follow package-dir, so they get the package as a wheel would lay it out.
+types: $(VENV)/.test
+	mkdir -p build/types/atpatch_onnx
+	ln -sfn $(CURDIR)/passes build/types/atpatch_onnx/passes
+	ln -sfn $(CURDIR)/models build/types/atpatch_onnx/models
+	find build/types/atpatch_onnx -maxdepth 1 -name '*.py*' -delete
+	ln -sf $(CURDIR)/atpatch_onnx/*.py $(CURDIR)/atpatch_onnx/py.typed build/types/atpatch_onnx/
+	MYPYPATH=build/types:benchmarks $(BIN)/mypy -p atpatch_onnx
+	MYPYPATH=build/types:benchmarks $(BIN)/mypy benchmarks tests
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e '.[$(RUNTIME),train]'
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e '.[$(RUNTIME),train,test]'
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

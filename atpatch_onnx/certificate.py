@@ -1,0 +1,336 @@
+"""What can be checked about a patched file without trusting who patched it.
+
+`certify` compares two files field by field on the wire, independently of the patch that made one
+from the other: it reads no edit list, only the bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any, ClassVar
+
+from onnx import NodeProto, TensorProto, ValueInfoProto
+
+from .errors import CheckError
+from .external_data import external_digest, external_tensors
+from .model_file import (
+    GRAPH_INITIALIZER,
+    GRAPH_INPUT,
+    GRAPH_NODE,
+    GRAPH_OUTPUT,
+    MODEL_GRAPH,
+    MODEL_METADATA,
+    MODEL_OPSET,
+    ModelFile,
+)
+from .patching import Rewritten, record_keys, revert
+from .wire import Field
+
+FORMAT = 1
+PREFIX = "atpatch/"
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """A file by name, SHA-256 and length."""
+
+    file: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """An original initializer: its SHA-256, or where its bytes lie outside the model file."""
+
+    name: str
+    type: str
+    shape: list[int]
+    sha256: str | None
+    external: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class RewiredSlot:
+    """An input slot of an original node that reads another value now."""
+
+    node: str
+    index: int
+    slot: int
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Everything in which the result differs from the base; the rest is byte-identical."""
+
+    inserted_nodes: list[str] = field(default_factory=list)
+    inserted_initializers: list[str] = field(default_factory=list)
+    inserted_inputs: list[str] = field(default_factory=list)
+    inserted_outputs: list[str] = field(default_factory=list)
+    inserted_opsets: list[str] = field(default_factory=list)
+    inserted_metadata: list[str] = field(default_factory=list)
+    rewired: list[RewiredSlot] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Digests of base and result, the original tensors, and every difference between the two."""
+
+    base: FileDigest
+    result: FileDigest
+    original_nodes: int
+    initializers: list[TensorEntry]
+    difference: Difference
+    patch: dict[str, Any]
+    versions: dict[str, str]
+    format: int = FORMAT
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def certify(
+    base: ModelFile,
+    result: ModelFile,
+    patch: dict[str, Any],
+    base_sha256: str | None = None,
+    result_sha256: str | None = None,
+    external: Progress | None = None,
+) -> Certificate:
+    """Compare `result` with `base`, byte by byte.
+
+    patch: what was done and with which detector, to be told, not checked.
+    external: given, the external weights are read and hashed, with its progress.
+    Raises: CheckError if anything differs that a patch may not change.
+    """
+    return Certificate(
+        base=FileDigest(base.path.name, base_sha256 or base.sha256(), base.size),
+        result=FileDigest(result.path.name, result_sha256 or result.sha256(), result.size),
+        original_nodes=len(base.nodes),
+        initializers=list(_initializers(base, external)),
+        difference=compare(base, result),
+        patch=patch,
+        versions={name: version(name) for name in ("atpatch-onnx", "onnx", "onnx-graphsurgeon")},
+    )
+
+
+def _initializers(model: ModelFile, progress: Progress | None) -> Iterator[TensorEntry]:
+    outside = {tensor.name: tensor for tensor in external_tensors(model)}
+    for place, tensor in zip(model.initializers, model.skeleton.graph.initializer, strict=True):
+        kind, shape = TensorProto.DataType.Name(tensor.data_type), list(tensor.dims)
+        external = outside.get(tensor.name)
+        if external is None:
+            sha256 = hashlib.sha256(_content(model, place)).hexdigest()
+            yield TensorEntry(tensor.name, kind, shape, sha256)
+        else:
+            held = {k: v for k, v in asdict(external).items() if k != "name"}
+            digest = None if progress is None else external_digest(model, external, progress)
+            yield TensorEntry(tensor.name, kind, shape, digest, held)
+
+
+def compare(base: ModelFile, result: ModelFile) -> Difference:
+    """Every difference between the two files. Raises: CheckError for one that no patch makes."""
+    difference = Difference()
+    _walk(base, result, base.model_fields, result.model_fields, _Model(difference))
+    _walk(base, result, base.graph_fields, result.graph_fields, _Graph(difference))
+    return difference
+
+
+class _Model:
+    """The message ModelProto: the graph is compared by itself, metadata and opsets may be added."""
+
+    def __init__(self, difference: Difference) -> None:
+        self.difference = difference
+
+    def same(self, base: ModelFile, a: Field, result: ModelFile, b: Field) -> bool:
+        graph = a.number == b.number == MODEL_GRAPH
+        return graph or (a.number == b.number and _content(base, a) == _content(result, b))
+
+    def insert(self, result: ModelFile, b: Field) -> bool:
+        from onnx import OperatorSetIdProto, StringStringEntryProto
+
+        if b.number == MODEL_METADATA:
+            entry = StringStringEntryProto.FromString(_content(result, b))
+            self.difference.inserted_metadata.append(entry.key)
+            return bool(entry.key.startswith("atpatch."))
+        if b.number == MODEL_OPSET:
+            opset = OperatorSetIdProto.FromString(_content(result, b))
+            self.difference.inserted_opsets.append(f"{opset.domain}={opset.version}")
+            return True
+        return False
+
+
+class _Graph:
+    """The message GraphProto: own nodes and tensors may be added, input slots rewired to them."""
+
+    _LISTS: ClassVar[dict[int, tuple[Callable[[bytes], Any], str]]] = {
+        GRAPH_NODE: (NodeProto.FromString, "inserted_nodes"),
+        GRAPH_INITIALIZER: (TensorProto.FromString, "inserted_initializers"),
+        GRAPH_INPUT: (ValueInfoProto.FromString, "inserted_inputs"),
+        GRAPH_OUTPUT: (ValueInfoProto.FromString, "inserted_outputs"),
+    }
+
+    def __init__(self, difference: Difference) -> None:
+        self.difference, self.node = difference, 0
+
+    def same(self, base: ModelFile, a: Field, result: ModelFile, b: Field) -> bool:
+        if a.number != b.number:
+            return False
+        old, new = _content(base, a), _content(result, b)
+        if a.number != GRAPH_NODE:
+            return old == new
+        slots = [] if old == new else _rewired(self.node, old, new)
+        if slots is None:
+            return False
+        self.difference.rewired.extend(slots)
+        self.node += 1
+        return True
+
+    def insert(self, result: ModelFile, b: Field) -> bool:
+        if b.number not in self._LISTS:
+            return False
+        parse, name = self._LISTS[b.number]
+        entry = parse(_content(result, b))
+        getattr(self.difference, name).append(entry.name)
+        made = entry.output if isinstance(entry, NodeProto) else [entry.name]
+        return all(value.startswith(PREFIX) for value in made)
+
+
+def _walk(
+    base: ModelFile, result: ModelFile, old: list[Field], new: list[Field], rules: _Model | _Graph
+) -> None:
+    """Match the fields of the base, in order, with those of the result; the others are new."""
+    position = 0
+    for a in old:
+        while position < len(new) and not rules.same(base, a, result, new[position]):
+            _inserted(result, new[position], rules)
+            position += 1
+        if position == len(new):
+            raise CheckError(
+                f"{result.path} lacks or changes something of {base.path} (field {a.number} at "
+                f"byte {a.start}): it is not that model with a patch"
+            )
+        position += 1
+    for b in new[position:]:
+        _inserted(result, b, rules)
+
+
+def _inserted(result: ModelFile, b: Field, rules: _Model | _Graph) -> None:
+    if not rules.insert(result, b):
+        raise CheckError(
+            f"{result.path} has something at byte {b.start} that is neither in the original nor "
+            "named as a patch names its parts: it was altered, take a fresh copy"
+        )
+
+
+def _rewired(index: int, old: bytes, new: bytes) -> list[RewiredSlot] | None:
+    """The rewired slots, if that is all in which two nodes differ."""
+    a, b = NodeProto.FromString(old), NodeProto.FromString(new)
+    if len(a.input) != len(b.input):
+        return None
+    slots = [
+        RewiredSlot(a.name or a.output[0], index, slot, before, after)
+        for slot, (before, after) in enumerate(zip(a.input, b.input, strict=True))
+        if before != after
+    ]
+    if not slots or not all(slot.new.startswith(PREFIX) for slot in slots):
+        return None
+    b.input[:] = a.input
+    return slots if a.SerializeToString() == b.SerializeToString() else None
+
+
+def _content(model: ModelFile, place: Field) -> bytes:
+    return bytes(model.buffer[place.payload : place.end])
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was verified, and what was found."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def verify(
+    base: ModelFile,
+    result: ModelFile,
+    certificate: dict[str, Any] | None,
+    external: Progress | None = None,
+) -> list[Check]:
+    """Recompute everything from the two files; compare with `certificate` where there is one.
+
+    external: given, external weights are read and their digests compared, with its progress.
+    """
+    checks: list[Check] = []
+
+    def check(name: str, run: Callable[[], str]) -> None:
+        try:
+            checks.append(Check(name, True, run()))
+        except CheckError as error:
+            checks.append(Check(name, False, str(error)))
+
+    found: list[Certificate] = []
+
+    def differences() -> str:
+        found.append(certify(base, result, {}, external=external))
+        d = found[0].difference
+        return (
+            f"{len(base.initializers)} tensors and {len(base.nodes)} nodes of the original are "
+            f"there; {len(d.rewired)} input slots rewired, {len(d.inserted_nodes)} nodes and "
+            f"{len(d.inserted_initializers)} tensors added, none removed"
+        )
+
+    check("only additions", differences)
+    check("reverts to the original", lambda: _check_revert(base, result))
+    if certificate is not None:
+        check("certificate", lambda: _check_certificate(certificate, found))
+    return checks
+
+
+def _check_revert(base: ModelFile, result: ModelFile) -> str:
+    if not record_keys(result):
+        raise CheckError(f"{result.path} carries no patch, so that nothing can be reverted")
+    restored: Rewritten = revert(result)
+    found, wanted = restored.sha256(), base.sha256()
+    if found != wanted:
+        raise CheckError(
+            f"{result.path} reverts to a file with SHA-256 {found[:12]}..., which is not "
+            f"{base.path} ({wanted[:12]}...): compare it with the model that it was made from"
+        )
+    return f"SHA-256 {found}"
+
+
+def _check_certificate(claimed: dict[str, Any], found: list[Certificate]) -> str:
+    if not found:
+        raise CheckError("the certificate cannot be compared: the files do not match at all")
+    actual = found[0].as_dict()
+    for side in ("base", "result"):
+        if claimed.get(side, {}).get("sha256") != actual[side]["sha256"]:
+            raise CheckError(
+                f"the certificate is for another {side} file (SHA-256 "
+                f"{str(claimed.get(side, {}).get('sha256'))[:12]}..., found "
+                f"{actual[side]['sha256'][:12]}...)"
+            )
+    if claimed.get("difference") != actual["difference"]:
+        raise CheckError("the certificate lists other differences than the files show")
+    hashed = [t for t in actual["initializers"] if t["external"] is None]
+    unread = []
+    for mine, theirs in zip(actual["initializers"], claimed.get("initializers", []), strict=False):
+        if mine["external"] is not None and (mine["sha256"] is None or theirs["sha256"] is None):
+            unread.append(mine["name"])
+            mine, theirs = ({**t, "sha256": None} for t in (mine, theirs))
+        if mine != theirs:
+            raise CheckError(f"the tensor '{mine['name']}' is not the one of the certificate")
+    if len(actual["initializers"]) != len(claimed.get("initializers", [])):
+        raise CheckError("the certificate lists another number of tensors")
+    note = f"; {len(unread)} external tensors compared by reference only" if unread else ""
+    return f"all digests agree ({len(hashed)} tensors by content{note})"

@@ -1,0 +1,339 @@
+"""The command line: each command is a function of the Python API and a way to show its result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from . import api, show
+from .errors import AtpatchError, CheckError, InputError
+
+app = typer.Typer(
+    name="atpatch-onnx",
+    help="Hot-patch exported ONNX transformers by redistributing attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out, err = Console(), Console(stderr=True)
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="The original .onnx file.")]
+PatchedModel = Annotated[Path, typer.Argument(metavar="PATCHED", help="The patched .onnx file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
+Digests = Annotated[bool, typer.Option("--digests", help="Read and hash external weights too.")]
+Ep = Annotated[
+    str | None, typer.Option(help="Execution provider: cuda or cpu; by default cuda where it is.")
+]
+SiteNames = Annotated[
+    list[str] | None,
+    typer.Option("--sites", help="Sites by name, glob or index; comma-separated or repeated."),
+]
+
+
+class Bars(api.Progress):
+    """Progress bars on the error stream, where a person is looking."""
+
+    def __init__(self) -> None:
+        from rich.progress import Progress
+
+        self.bars = Progress(console=err, transient=True, disable=not err.is_terminal)
+
+    def start(self, what: str, total: int) -> Callable[[int], object]:
+        """Begin a bar."""
+        task = self.bars.add_task(what, total=total)
+        return lambda count: self.bars.advance(task, count)
+
+
+@contextmanager
+def _bars() -> Iterator[Bars]:
+    bars = Bars()
+    with bars.bars:
+        yield bars
+
+
+@app.command()
+def inspect(
+    model: Model,
+    plan: Annotated[Path | None, typer.Option(help="Write an editable plan there.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Find the attention sites, and say of every other softmax or fused op why it is none."""
+    found = api.inspect(model, plan, force=force)
+    _print(as_json, show.inspection_json(found), lambda: show.inspection(out, found, plan))
+
+
+@app.command()
+def fit(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="Clean inputs, .npz or .npy, keys = input names.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The detector to write.")],
+    kind: Annotated[str, typer.Option(help="Kind of detector: zscore.")] = "zscore",
+    fpr: Annotated[float, typer.Option(help="False-positive budget per clean input.")] = 0.01,
+    sites: SiteNames = None,
+    seed: Annotated[int, typer.Option(help="Splits the data.")] = 0,
+    batch: Annotated[int, typer.Option(help="Inputs a run.")] = 32,
+    ep: Ep = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Fit a detector on clean inputs, calibrated on some of them held out."""
+    from .fitting import fit as run
+
+    with _bars() as progress:
+        report = run(
+            model,
+            data,
+            output,
+            kind=kind,
+            fpr=fpr,
+            sites=_words(sites),
+            seed=seed,
+            batch=batch,
+            ep=ep,
+            force=force,
+            progress=progress,
+        )
+    _print(as_json, _plain(report), lambda: show.fitted(out, report))
+
+
+@app.command()
+def patch(
+    model: Model,
+    detector: Annotated[Path | None, typer.Option(help="Detector to splice in.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="By default MODEL.patched.onnx.")
+    ] = None,
+    sites: SiteNames = None,
+    plan: Annotated[Path | None, typer.Option(help="Plan file from inspect --plan.")] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Columns that are always flagged, e.g. 9 or 3,4,-1.")
+    ] = None,
+    redistribute: Annotated[
+        str | None, typer.Option(help="What flagged columns get: benign, uniform or prune.")
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="Override the detector's.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="guard (If, for CPU) or select (branch-free, for CUDA).")
+    ] = None,
+    telemetry: Annotated[bool, typer.Option(help="Add outputs: flagged columns per site.")] = False,
+    toggle: Annotated[
+        bool, typer.Option(help="Add overridable inputs: atpatch/enabled, atpatch/threshold.")
+    ] = False,
+    bind: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE: a detector input reads a model value.")
+    ] = None,
+    patch_only: Annotated[
+        Path | None, typer.Option(help="Write only an .atpatch file, to apply elsewhere.")
+    ] = None,
+    ep: Ep = None,
+    digests: Digests = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Splice a detector and a redistribution into the model; its weights stay as they are."""
+    with _bars() as progress:
+        report = api.patch(
+            model,
+            detector,
+            output=output,
+            sites=_words(sites),
+            plan=plan,
+            columns=_integers(columns),
+            redistribute=redistribute,
+            threshold=threshold,
+            strategy=strategy,
+            ep=ep,
+            telemetry=telemetry,
+            toggle=toggle,
+            bind=_bindings(bind),
+            patch_only=patch_only,
+            digests=digests,
+            force=force,
+            progress=progress,
+        )
+    _print(as_json, _plain(report), lambda: show.patched(out, report))
+
+
+@app.command()
+def apply(
+    model: Model,
+    patch_file: Annotated[Path, typer.Argument(metavar="FIX.ATPATCH")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The patched model to write.")],
+    digests: Digests = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Apply an .atpatch file to the model that it was made for."""
+    with _bars() as progress:
+        report = api.apply(
+            model, patch_file, output=output, digests=digests, force=force, progress=progress
+        )
+    _print(as_json, _plain(report), lambda: show.patched(out, report))
+
+
+@app.command()
+def revert(
+    patched: PatchedModel,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The original, to write.")],
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Get the original file back, byte for byte, from the patched one alone."""
+    report = api.revert(patched, output=output, force=force)
+    _print(as_json, _plain(report), lambda: show.reverted(out, report))
+
+
+@app.command()
+def diff(
+    model: Model,
+    patched: PatchedModel,
+    inputs: Annotated[Path | None, typer.Option(help="Inputs to compare outputs on.")] = None,
+    batch: Annotated[int, typer.Option(help="Inputs a run.")] = 32,
+    ep: Ep = None,
+    as_json: Json = False,
+) -> None:
+    """Compare graphs and outputs, and count what is flagged; fails if a clean input moved."""
+    from .diffing import diff as run
+
+    with _bars() as progress:
+        found = run(model, patched, inputs, ep=ep, batch=batch, progress=progress)
+    _print(as_json, _plain(found), lambda: show.comparison(out, found))
+    if found.identity is False:
+        raise CheckError("an input in which nothing was flagged has other outputs than before")
+
+
+@app.command()
+def verify(
+    model: Model,
+    patched: PatchedModel,
+    certificate: Annotated[
+        Path | None, typer.Option(help="By default the one beside the patched model.")
+    ] = None,
+    digests: Digests = False,
+    as_json: Json = False,
+) -> None:
+    """Recompute the certificate from the two files alone."""
+    with _bars() as progress:
+        checks = api.verify(
+            model, patched, certificate=certificate, digests=digests, progress=progress
+        )
+    passed = all(check.passed for check in checks)
+    document = {"passed": passed, "checks": _plain(checks)}
+    _print(as_json, document, lambda: show.verified(out, checks))
+    if not passed:
+        raise CheckError(next(check.detail for check in checks if not check.passed))
+
+
+@app.command()
+def bench(
+    model: Model,
+    patched: PatchedModel,
+    inputs: Annotated[Path | None, typer.Option(help="Inputs to run; by default random.")] = None,
+    batch: Annotated[int, typer.Option(help="Samples a run.")] = 1,
+    length: Annotated[int, typer.Option(help="Size of other free dimensions.")] = 128,
+    runs: Annotated[int, typer.Option(help="Timed pairs of runs.")] = 30,
+    warmup: Annotated[int, typer.Option(help="Pairs of runs before that.")] = 5,
+    threads: Annotated[int, typer.Option(help="Threads of ONNX Runtime; 0: its choice.")] = 0,
+    ep: Ep = None,
+    as_json: Json = False,
+) -> None:
+    """Time the patched model against the original, in pairs of runs."""
+    from .benchmark import bench as run
+
+    with _bars() as progress:
+        timing = run(
+            model,
+            patched,
+            inputs=inputs,
+            ep=ep,
+            batch=batch,
+            length=length,
+            runs=runs,
+            warmup=warmup,
+            threads=threads,
+            progress=progress,
+        )
+    _print(as_json, _plain(timing), lambda: show.timing(out, timing))
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for what the demo makes.")
+    ] = Path("atpatch-demo"),
+    seed: Annotated[int, typer.Option(help="Of the victim's training.")] = 0,
+    ep: Ep = None,
+    as_json: Json = False,
+) -> None:
+    """Train a backdoored model, export it, patch it, prove it: all in about half a minute."""
+    from .demonstration import demo as run
+
+    with _bars() as progress:
+        report = run(output, seed=seed, ep=ep, progress=progress)
+    _print(as_json, _plain(report), lambda: show.demonstration(out, report))
+
+
+def _print(as_json: bool, document: Any, text: Callable[[], None]) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(document, indent=1) + "\n")
+    else:
+        text()
+
+
+def _plain(value: Any) -> Any:
+    """`value` as what JSON knows; a dataclass that is one of several kinds says which."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        held = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        kind = type(value).__name__
+        return (
+            {"outcome": kind.lower(), **held} if kind in ("Patched", "Skipped", "Refused") else held
+        )
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _words(values: list[str] | None) -> list[str]:
+    return [word.strip() for value in values or [] for word in value.split(",") if word.strip()]
+
+
+def _integers(value: str | None) -> list[int]:
+    try:
+        return [int(word) for word in _words([value] if value else None)]
+    except ValueError:
+        raise InputError(f"--columns {value}: give key positions, e.g. 9 or 3,4,-1") from None
+
+
+def _bindings(values: list[str] | None) -> dict[str, str]:
+    pairs = [value.partition("=") for value in values or []]
+    if any(not name or not sign or not target for name, sign, target in pairs):
+        raise InputError("--bind takes NAME=VALUE: a detector input and a value of the model")
+    return {name: target for name, _, target in pairs}
+
+
+def main() -> None:
+    """Run the command line; every error a user can cause is one sentence and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except AtpatchError as error:
+        if "--json" in sys.argv and not isinstance(error, CheckError):
+            problem = {"error": {"kind": type(error).__name__, "message": str(error)}}
+            sys.stdout.write(json.dumps(problem, indent=1) + "\n")
+        err.print(f"[bold red]error:[/] {show.escaped(str(error))}", soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("interrupted; nothing was written")
+        sys.exit(130)

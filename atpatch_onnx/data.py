@@ -1,0 +1,131 @@
+"""Input data: `.npz` or `.npy` files whose keys are the names of the model's inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .errors import InputError
+from .runtime import Array, Arrays, InputSpec
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Inputs of a model, one sample an entry of axis 0.
+
+    arrays: by input name; scalars are given to every run as they are.
+    count: number of samples.
+    fixed_batch: the batch size that the model insists on; None: any.
+    """
+
+    arrays: Arrays
+    count: int
+    fixed_batch: int | None = None
+
+    def batches(self, size: int) -> Iterator[tuple[Arrays, int]]:
+        """Feeds of at most `size` samples, with how many of them count (the rest is padding)."""
+        size = self.fixed_batch or size
+        for start in range(0, self.count, size):
+            real = min(size, self.count - start)
+            index = np.arange(start, start + real)
+            if self.fixed_batch:
+                index = np.resize(index, size)
+            yield {k: v[index] if v.ndim else v for k, v in self.arrays.items()}, real
+
+    def take(self, index: Array) -> Samples:
+        """The samples at `index`."""
+        arrays = {k: v[index] if v.ndim else v for k, v in self.arrays.items()}
+        return Samples(arrays, len(index), self.fixed_batch)
+
+    def sha256(self) -> str:
+        """Digest of names, types, shapes and values, whatever file they came from."""
+        sha = hashlib.sha256()
+        for name in sorted(self.arrays):
+            array = np.ascontiguousarray(self.arrays[name])
+            sha.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+            sha.update(array.tobytes())
+        return sha.hexdigest()
+
+
+def load_arrays(path: str | Path) -> Arrays:
+    """The arrays of an `.npz`, or of an `.npy` under the key "". Raises: InputError."""
+    path = Path(path)
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {"": loaded}
+        with loaded:
+            return {key: loaded[key] for key in loaded.files}
+    except FileNotFoundError:
+        raise InputError(f"the data file {path} does not exist") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path} is not a usable .npz or .npy file ({str(error)[:120]}): write it with "
+            "numpy.savez(path, **{input_name: array})"
+        ) from None
+
+
+def load_samples(path: str | Path, inputs: Sequence[InputSpec]) -> Samples:
+    """The samples in `path` for a model with `inputs`. Raises: InputError, saying what is wrong."""
+    return samples_from(load_arrays(path), inputs, str(path))
+
+
+def samples_from(arrays: Arrays, inputs: Sequence[InputSpec], source: str = "the data") -> Samples:
+    """Check `arrays` against `inputs`; keys that are no inputs (labels, say) are left out."""
+    names = [spec.name for spec in inputs]
+    missing = [name for name in names if name not in arrays]
+    if len(names) == 1 and len(arrays) == 1:
+        arrays = {names[0]: next(iter(arrays.values()))}
+    elif missing:
+        found = ", ".join(key for key in arrays if key) or "one array without a name"
+        raise InputError(
+            f"{source} has no array for the input{'s' * (len(missing) > 1)} {', '.join(missing)}: "
+            f"expected the keys {', '.join(names)}, found {found}"
+        )
+    checked = {spec.name: _checked(arrays[spec.name], spec, source) for spec in inputs}
+    counts = {name: len(array) for name, array in checked.items() if array.ndim}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise InputError(
+            f"{source} has different numbers of samples on axis 0 ({listed}): give each input the "
+            "same number"
+        )
+    count = next(iter(counts.values()), 0)
+    if count == 0:
+        raise InputError(f"{source} has no samples: give at least one on axis 0")
+    first = {s.shape[0] for s in inputs if s.shape and isinstance(s.shape[0], int)}
+    return Samples(checked, count, first.pop() if len(first) == 1 else None)
+
+
+def _checked(array: Array, spec: InputSpec, source: str) -> Array:
+    expected = [d if isinstance(d, int) else str(d or "?") for d in spec.shape]
+    wrong = InputError(
+        f"{source}: the input '{spec.name}' has shape {list(array.shape)}, the model expects "
+        f"{expected} with one sample an entry of axis 0"
+    )
+    if array.ndim != len(spec.shape):
+        raise wrong
+    pairs = zip(array.shape[1:], spec.shape[1:], strict=True) if array.ndim else ()
+    if any(isinstance(d, int) and d != n for n, d in pairs):
+        raise wrong
+    if spec.dtype is None:
+        raise InputError(
+            f"the input '{spec.name}' of the model has a type that .npz files cannot hold: "
+            "use the Python API with an ONNX Runtime session of your own"
+        )
+    if array.dtype == spec.dtype:
+        return array
+    wanted = np.dtype(spec.dtype)
+    same_kind = array.dtype.kind == wanted.kind or {array.dtype.kind, wanted.kind} <= {"i", "u"}
+    converted = array.astype(wanted) if same_kind else array
+    if not same_kind or (wanted.kind in "iu" and not np.array_equal(converted, array)):
+        raise InputError(
+            f"{source}: the input '{spec.name}' has type {array.dtype}, expected {wanted}: "
+            f"convert it with .astype('{wanted}') after checking its scale"
+        )
+    return converted

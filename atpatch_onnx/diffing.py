@@ -1,0 +1,186 @@
+"""Compare a model with its patched version: graph, outputs, and what was flagged where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from .api import SILENT, PathLike, Progress, patched_sites
+from .certificate import Difference, compare
+from .data import Samples, load_samples
+from .edits import Edit
+from .errors import RefusedError
+from .external_data import check_layout
+from .model_file import ModelFile
+from .passes.probe import add_output
+from .patching import Patch, apply
+from .runtime import Array, Arrays, Session, choose_provider
+
+
+@dataclass
+class OutputDifference:
+    """How far an output moved. Samples are entries of axis 0.
+
+    maximum: largest absolute difference; agreement: share of samples with the same arg-max over
+    the last axis, for outputs `[N, classes]`.
+    """
+
+    name: str
+    maximum: float = 0.0
+    samples: int = 0
+    identical: int = 0
+    agreeing: int | None = None
+    unflagged_changed: int = 0
+
+
+@dataclass
+class SiteFlags:
+    """What one site flagged: in how many inputs, and each column how often."""
+
+    site: str
+    inputs: int = 0
+    columns: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of `diff`. `identity` is False if an output of an input moved in which nothing
+    was flagged; None if there were no inputs to try."""
+
+    difference: Difference
+    provider: str | None
+    inputs: int
+    flagged_inputs: int
+    outputs: list[OutputDifference]
+    sites: list[SiteFlags]
+    identity: bool | None
+
+
+def diff(
+    model: PathLike,
+    patched: PathLike,
+    inputs: PathLike | None = None,
+    *,
+    ep: str | None = None,
+    batch: int = 32,
+    progress: Progress = SILENT,
+) -> Comparison:
+    """Compare the graphs and, on `inputs` (`.npz` or `.npy`), the outputs and what is flagged.
+
+    Raises: CheckError if `patched` is not `model` with a patch, InputError for unusable inputs.
+    """
+    base, result = ModelFile.open(model), ModelFile.open(patched)
+    difference = compare(base, result)
+    if inputs is None:
+        return Comparison(difference, None, 0, 0, [], [], None)
+    check_layout(base)
+    provider = choose_provider(ep)
+    before, after = Session(base.path, provider), Session(result.path, provider)
+    samples = load_samples(inputs, before.inputs)
+    flags = FlagReader(result, provider)
+    outputs = {name: OutputDifference(name) for name in before.outputs}
+    flagged_inputs = 0
+    tick = progress.start("comparing", samples.count)
+    for feeds, real in samples.batches(batch):
+        flagged = flags.read(feeds, real)
+        flagged_inputs += int(flagged.sum())
+        old, new = before.run(feeds), after.run(feeds, before.outputs)
+        for name, found in outputs.items():
+            _add(found, old[name], new[name], flagged)
+        tick(real)
+    moved = any(found.unflagged_changed for found in outputs.values())
+    return Comparison(
+        difference,
+        provider,
+        samples.count,
+        flagged_inputs,
+        list(outputs.values()),
+        flags.sites,
+        not moved,
+    )
+
+
+class FlagReader:
+    """Reads what a patched model flags, through a session of its own with extra outputs.
+
+    The session that is compared stays as it is: further outputs change what a runtime fuses.
+    """
+
+    def __init__(self, model: ModelFile, provider: str) -> None:
+        entries = patched_sites(model)
+        if not entries:
+            raise RefusedError(f"{model.path} does not say what was patched: patch it again")
+        self.sites = [SiteFlags(entry["site"]) for entry in entries]
+        self._values = [entry["flagged"] for entry in entries]
+        present = {value.name for value in model.skeleton.graph.output}
+        stored = {tensor.name for tensor in model.skeleton.graph.initializer}
+        self._constant = {value: _stored(model, value) for value in self._values if value in stored}
+        read = [v for v in self._values if v not in self._constant]
+        edits: list[Edit] = [
+            add_output(v, TensorProto.BOOL) for v in dict.fromkeys(read) if v not in present
+        ]
+        sha256 = model.sha256()
+        content = apply(model, Patch(sha256, tuple(edits)), sha256).content()
+        self._session = Session(content, provider, model.folder)
+
+    def read(self, feeds: Arrays, real: int) -> NDArray[np.bool_]:
+        """Which of the first `real` samples are flagged at any site; counts them site by site."""
+        read = [v for v in dict.fromkeys(self._values) if v not in self._constant]
+        values: Arrays = {**self._constant, **(self._session.run(feeds, read) if read else {})}
+        batch = max((len(v) for v in feeds.values() if v.ndim), default=1)
+        anywhere = np.zeros(real, bool)
+        for site, name in zip(self.sites, self._values, strict=True):
+            columns = _columns(values[name], batch)[:real]
+            site.inputs += int(columns.any(axis=1).sum())
+            for column, count in enumerate(columns.sum(axis=0)):
+                if count:
+                    site.columns[column] = site.columns.get(column, 0) + int(count)
+            anywhere |= columns.any(axis=1)
+        return anywhere
+
+
+def _stored(model: ModelFile, name: str) -> Array:
+    import onnx
+
+    tensors = {tensor.name: tensor for tensor in model.skeleton.graph.initializer}
+    stored: Array = onnx.numpy_helper.to_array(tensors[name])
+    return stored
+
+
+def _columns(flagged: Array, batch: int) -> NDArray[np.bool_]:
+    """Which columns are flagged in each sample, `[B, K]`, whatever the windows and heads."""
+    keys = flagged.shape[-1]
+    if flagged.shape[0] % batch:
+        row = flagged.reshape(-1, keys).any(axis=0)
+        return np.broadcast_to(row, (batch, keys))
+    columns: NDArray[np.bool_] = flagged.reshape(batch, -1, keys).any(axis=1)
+    return columns
+
+
+def _add(found: OutputDifference, old: Array, new: Array, flagged: NDArray[np.bool_]) -> None:
+    if old.ndim == 0 or len(old) < len(flagged):  # no batch axis: the batch is one sample
+        _add(found, old[None], new[None], np.array([flagged.any()]))
+        return
+    real = len(flagged)
+    old, new = old[:real], new[:real]
+    pairs = zip(old, new, strict=True)
+    same = np.array([np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in pairs])
+    found.samples += real
+    found.identical += int(same.sum())
+    found.unflagged_changed += int((~same & ~flagged).sum())
+    if old.size and old.dtype.kind in "fiu":
+        gap = np.abs(old.astype(np.float64) - new.astype(np.float64))
+        found.maximum = max(found.maximum, float(np.nanmax(gap, initial=0.0)))
+    if old.ndim == 2 and old.shape[1] > 1 and old.dtype.kind == "f":
+        agree = int((old.argmax(axis=1) == new.argmax(axis=1)).sum())
+        found.agreeing = (found.agreeing or 0) + agree
+
+
+def flagged_share(model: ModelFile, samples: Samples, provider: str, batch: int = 32) -> float:
+    """Share of `samples` in which any site of the patched `model` flags a column."""
+    reader = FlagReader(model, provider)
+    total = sum(int(reader.read(f, n).sum()) for f, n in samples.batches(batch))
+    return total / samples.count

@@ -1,0 +1,85 @@
+"""The command `fit`: from a model and clean data to a detector file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .api import SILENT, PathLike, Progress
+from .data import load_samples
+from .errors import InputError, RefusedError
+from .external_data import check_layout
+from .files import check_output, write_file
+from .model_file import ModelFile
+from .passes.locate import locate
+from .plan import choose_sites
+from .runtime import Session, choose_provider
+from .statistics import Calibration, fit_zscore
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What `fit` wrote, for which sites, and what its threshold is worth."""
+
+    output: Path
+    kind: str
+    provider: str
+    sites: tuple[str, ...]
+    calibration: Calibration
+
+
+def fit(
+    model: PathLike,
+    data: PathLike,
+    output: PathLike,
+    *,
+    kind: str = "zscore",
+    fpr: float = 0.01,
+    sites: Sequence[str] = (),
+    seed: int = 0,
+    batch: int = 32,
+    ep: str | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> FitReport:
+    """Fit a detector for the attention sites of `model` on clean `data` and write it to `output`.
+
+    data: `.npz` or `.npy` with the model's inputs, one sample an entry of axis 0.
+    fpr: how many clean inputs may be flagged, as a rate, over all sites together.
+    Raises: InputError, RefusedError. Nothing is written then.
+    """
+    if kind != "zscore":
+        raise InputError(f"--kind {kind}: this version fits zscore")
+    if batch < 1:
+        raise InputError("--batch: give at least 1")
+    file = ModelFile.open(model)
+    check_layout(file)
+    target = Path(output)
+    check_output(target, [file.path, Path(data)], force=force, ours=_fitted_for(target, file))
+    found = locate(file.skeleton)
+    chosen = tuple(choose_sites(found.sites, sites))
+    if not chosen:
+        what = f"{len(found.refused)} refused sites" if found.refused else "no attention"
+        raise RefusedError(
+            f"{file.path} has {what} and none that a detector could be fitted for: see "
+            "atpatch-onnx inspect"
+        )
+    provider = choose_provider(ep)
+    samples = load_samples(data, Session(file.path, provider).inputs)
+    tick = progress.start("fitting", 2 * samples.count)
+    detector, calibration = fit_zscore(
+        file, chosen, samples, provider, fpr=fpr, seed=seed, batch=batch, progress=tick
+    )
+    write_file(target, detector.SerializeToString())
+    return FitReport(target, kind, provider, tuple(s.name for s in chosen), calibration)
+
+
+def _fitted_for(path: Path, file: ModelFile) -> bool:
+    """Whether the file at `path` is a detector that was fitted for this model before."""
+    if not path.is_file():
+        return False
+    try:
+        return ModelFile.open(path).metadata("atpatch.host.sha256") == file.sha256()
+    except InputError:
+        return False

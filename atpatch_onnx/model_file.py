@@ -1,0 +1,160 @@
+"""An ONNX model as the file it is: fields by offset, weights left where they lie.
+
+`ModelFile.skeleton` is the parsed model without the bytes of its large tensors, so that a model of
+any size is looked at in a few megabytes; `ModelFile.buffer` is the file itself, mapped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+from onnx import ModelProto, TensorProto
+
+from .errors import InputError
+from .wire import LEN, Buffer, Field, WireError, delimited, fields
+
+MODEL_GRAPH, MODEL_OPSET, MODEL_METADATA = 7, 8, 14
+GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 5, 11, 12
+NODE_INPUT = 1
+
+SKELETON_BYTES = 4096
+"""A tensor encoded in more bytes than this is in the skeleton by name, type and shape only."""
+
+_TENSOR_DATA = frozenset((4, 5, 6, 7, 9, 10, 11))  # float_data ... uint64_data, raw_data
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A model file. Make one with `ModelFile.open` or `ModelFile.from_bytes`.
+
+    path: where it lies; for bytes, a path in the folder that its external weights are relative to.
+    buffer: the encoded model, mapped read-only.
+    size: its length in bytes.
+    """
+
+    path: Path
+    buffer: Buffer
+    size: int
+
+    @classmethod
+    def open(cls, path: str | Path) -> ModelFile:
+        """Map the file at `path`. Raises: InputError if it is not a readable ONNX model."""
+        path = Path(path)
+        try:
+            with path.open("rb") as file:
+                size = file.seek(0, 2)
+                buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        except OSError as error:
+            why = (error.strerror or str(error)).lower()
+            raise InputError(f"cannot read the model {path}: {why}") from error
+        return cls(path, buffer, size)._checked()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, path: str | Path = "model.onnx") -> ModelFile:
+        """A model held in memory. Raises: InputError if it is not an ONNX model."""
+        return cls(Path(path), data, len(data))._checked()
+
+    def _checked(self) -> ModelFile:
+        try:
+            numbers = {field.number for field in self.model_fields}
+            if not self.graphs or not {1, MODEL_OPSET} <= numbers:
+                raise WireError(
+                    "no graph, IR version or opset import in it", truncated=1 in numbers
+                )
+            _ = self.skeleton
+        except (WireError, DecodeError) as error:
+            # An ONNX file begins with its IR version; one that does and then breaks off was cut.
+            cut = getattr(error, "truncated", False) and bytes(self.buffer[:1]) == b"\x08"
+            what = "is truncated" if cut else "is not an ONNX model"
+            fix = "copy or export it again" if cut else "give the .onnx file that was exported"
+            raise InputError(f"{self.path} {what} ({error}): {fix}") from None
+        return self
+
+    @cached_property
+    def model_fields(self) -> list[Field]:
+        """The fields of the ModelProto."""
+        return list(fields(self.buffer, 0, self.size))
+
+    @cached_property
+    def graphs(self) -> list[Field]:
+        """The graph field; several where an encoder wrote the message in parts (legal, merged)."""
+        return [f for f in self.model_fields if f.number == MODEL_GRAPH and f.wire_type == LEN]
+
+    @cached_property
+    def graph_fields(self) -> list[Field]:
+        """The fields of the main GraphProto."""
+        return [f for g in self.graphs for f in fields(self.buffer, g.payload, g.end)]
+
+    @cached_property
+    def nodes(self) -> list[Field]:
+        """The nodes of the main graph; `nodes[i]` encodes `skeleton.graph.node[i]`."""
+        return [f for f in self.graph_fields if f.number == GRAPH_NODE]
+
+    @cached_property
+    def initializers(self) -> list[Field]:
+        """The initializers; `initializers[i]` encodes `skeleton.graph.initializer[i]`."""
+        return [f for f in self.graph_fields if f.number == GRAPH_INITIALIZER]
+
+    @cached_property
+    def skeleton(self) -> ModelProto:
+        """The model without the data of tensors over `SKELETON_BYTES`."""
+        model = ModelProto()
+        for field in self.model_fields:
+            if field.number != MODEL_GRAPH:
+                model.MergeFromString(self._bytes(field))
+        graph = bytearray()
+        for field in self.graph_fields:
+            large = field.number == GRAPH_INITIALIZER and field.end - field.start > SKELETON_BYTES
+            graph += self._tensor_header(field) if large else self._bytes(field)
+        model.graph.MergeFromString(bytes(graph))
+        return model
+
+    def _tensor_header(self, tensor: Field) -> bytes:
+        inner = fields(self.buffer, tensor.payload, tensor.end)
+        kept = b"".join(self._bytes(f) for f in inner if f.number not in _TENSOR_DATA)
+        return delimited(GRAPH_INITIALIZER, kept)
+
+    def _bytes(self, field: Field) -> bytes:
+        return bytes(self.buffer[field.start : field.end])
+
+    @property
+    def folder(self) -> Path:
+        """The folder that external weights are relative to."""
+        return self.path.parent
+
+    def metadata(self, key: str) -> str | None:
+        """The value of a `metadata_props` entry."""
+        return next((p.value for p in self.skeleton.metadata_props if p.key == key), None)
+
+    def sha256(self, progress: Progress | None = None) -> str:
+        """SHA-256 of the file, without its external weights."""
+        return digest(memoryview(self.buffer), progress)
+
+    def tensors(self) -> Iterator[TensorProto]:
+        """Every TensorProto of the main graph and of the attributes of its nodes."""
+        yield from self.skeleton.graph.initializer
+        for node in self.skeleton.graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    yield attribute.t
+                yield from attribute.tensors
+                for graph in (attribute.g, *attribute.graphs):
+                    yield from graph.initializer
+
+
+def digest(view: memoryview, progress: Progress | None = None, step: int = 1 << 22) -> str:
+    """SHA-256 of a buffer, read in steps of `step` bytes; `progress(n)` after each n bytes."""
+    sha = hashlib.sha256()
+    for start in range(0, len(view), step):
+        part = view[start : start + step]
+        sha.update(part)
+        if progress is not None:
+            progress(len(part))
+    return sha.hexdigest()

@@ -1,0 +1,156 @@
+"""`.atpatch` files: a patch as an ONNX model that any viewer opens.
+
+The inserted nodes and tensors are its graph; the edit list, which says where they go, and the
+digest of the base are in its metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+
+from .edits import (
+    AddInitializer,
+    AddInput,
+    AddMetadata,
+    AddNode,
+    AddOpsetImport,
+    AddOutput,
+    Edit,
+    RemoveNode,
+    RewireInput,
+)
+from .errors import InputError
+from .model_file import ModelFile
+from .passes.graph_view import GraphView
+from .patching import Patch, subgraphs
+
+FORMAT = 1
+
+
+def save_patch(patch: Patch, base: ModelFile) -> bytes:
+    """The content of an `.atpatch` file for `patch`, which is for `base`."""
+    nodes = [e.node for e in patch.edits if isinstance(e, AddNode)]
+    tensors = [e.tensor for e in patch.edits if isinstance(e, AddInitializer)]
+    inputs = [e.value for e in patch.edits if isinstance(e, AddInput)]
+    outputs = [e.value for e in patch.edits if isinstance(e, AddOutput)]
+    made = {name for node in nodes for name in node.output} | {t.name for t in tensors}
+    captured = [n for n in dict.fromkeys(_reads(nodes)) if n not in made]
+    view = GraphView.of(base.skeleton)
+    replaced = {e.new: e.old for e in patch.edits if isinstance(e, RewireInput)}
+    graph = helper.make_graph(
+        nodes,
+        "atpatch",
+        [*inputs, *(_value(view, name, name) for name in captured)],
+        [*outputs, *(_value(view, old, new) for new, old in replaced.items())],
+        initializer=tensors,
+    )
+    skeleton = base.skeleton
+    added = [e for e in patch.edits if isinstance(e, AddOpsetImport)]
+    opsets = [
+        *skeleton.opset_import,
+        *(helper.make_opsetid(edit.domain, edit.version) for edit in added),
+    ]
+    model = helper.make_model(
+        graph, opset_imports=opsets, ir_version=skeleton.ir_version, producer_name="atpatch-onnx"
+    )
+    helper.set_model_props(
+        model,
+        {
+            "atpatch.patch.format": str(FORMAT),
+            "atpatch.patch.base_sha256": patch.base_sha256,
+            "atpatch.patch.edits": json.dumps(list(_edit_list(patch)), separators=(",", ":")),
+        },
+    )
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def load_patch(path: str | Path) -> Patch:
+    """Read an `.atpatch` file. Raises: InputError if it is none."""
+    path = Path(path)
+    broken = InputError(
+        f"{path} is not a usable .atpatch file: make it with atpatch-onnx patch --patch-only"
+    )
+    try:
+        model = ModelProto.FromString(path.read_bytes())
+        metadata = {entry.key: entry.value for entry in model.metadata_props}
+        if metadata.get("atpatch.patch.format") != str(FORMAT):
+            raise broken
+        edits = tuple(_edits(model, json.loads(metadata["atpatch.patch.edits"])))
+        return Patch(metadata["atpatch.patch.base_sha256"], edits)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {(error.strerror or '').lower()}") from None
+    except (DecodeError, ValueError, KeyError, IndexError, TypeError):
+        raise broken from None
+
+
+def _value(view: GraphView, known_as: str, name: str) -> ValueInfoProto:
+    """A graph input or output called `name` with what the host knows of `known_as`."""
+    known, rank = view.types.get(known_as), view.rank(known_as)
+    shape = known.shape if known is not None else None
+    elem_type = known.elem_type if known is not None else TensorProto.FLOAT
+    dims = list(shape) if shape is not None else None if rank is None else [None] * rank
+    return helper.make_tensor_value_info(name, elem_type, dims)
+
+
+def _reads(nodes: list[NodeProto]) -> Iterator[str]:
+    for node in nodes:
+        yield from filter(None, node.input)
+        for graph in subgraphs(node):
+            inner = {name for n in graph.node for name in n.output}
+            yield from (name for name in _reads(list(graph.node)) if name not in inner)
+
+
+def _edit_list(patch: Patch) -> Iterator[list[Any]]:
+    """Each edit as a list: its kind, then where it goes; nodes and tensors are in the graph."""
+    for edit in patch.edits:
+        match edit:
+            case AddNode(before, node):
+                yield ["add_node", before, node.name]
+            case RemoveNode(index):
+                yield ["remove_node", index]
+            case AddInitializer(tensor):
+                yield ["add_initializer", tensor.name]
+            case RewireInput(index, slot, old, new):
+                yield ["rewire_input", index, slot, old, new]
+            case AddInput(value):
+                yield ["add_input", value.name]
+            case AddOutput(value):
+                yield ["add_output", value.name]
+            case AddOpsetImport(domain, version):
+                yield ["add_opset", domain, version]
+            case AddMetadata(key, text):
+                yield ["add_metadata", key, text]
+
+
+def _edits(model: ModelProto, listed: list[list[Any]]) -> Iterator[Edit]:
+    nodes = iter(model.graph.node)
+    tensors: dict[str, TensorProto] = {t.name: t for t in model.graph.initializer}
+    inputs: dict[str, ValueInfoProto] = {v.name: v for v in model.graph.input}
+    outputs: dict[str, ValueInfoProto] = {v.name: v for v in model.graph.output}
+    for kind, *rest in listed:
+        match kind:
+            case "add_node":
+                yield AddNode(rest[0], next(nodes))
+            case "remove_node":
+                yield RemoveNode(rest[0])
+            case "add_initializer":
+                yield AddInitializer(tensors[rest[0]])
+            case "rewire_input":
+                yield RewireInput(*rest)
+            case "add_input":
+                yield AddInput(inputs[rest[0]])
+            case "add_output":
+                yield AddOutput(outputs[rest[0]])
+            case "add_opset":
+                yield AddOpsetImport(*rest)
+            case "add_metadata":
+                yield AddMetadata(*rest)
+            case _:
+                raise ValueError(f"unknown edit {kind}")

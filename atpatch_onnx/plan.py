@@ -1,0 +1,124 @@
+"""A plan: what to do at which site, in a file that a person can read and edit."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, RefusedError
+from .passes.locate import Site, Sites
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What a plan says of one site; None: as the command line or the detector says."""
+
+    name: str
+    patch: bool = True
+    detector: str | None = None
+    threshold: float | None = None
+    redistribute: str | None = None
+    columns: tuple[int, ...] = ()
+    heads: int | None = None
+
+
+_KEYS = {"name", "patch", "detector", "threshold", "redistribute", "columns", "heads"}
+_INFORMATION = {"form", "causal", "cross", "shape"}
+
+
+def write_plan(sites: Sites, model: Path, sha256: str) -> str:
+    """The text of a plan that patches every site, with all that can be set shown."""
+    import tomlkit
+
+    document = tomlkit.document()
+    document.add(tomlkit.comment("What `atpatch-onnx patch --plan` does at each attention site."))
+    document.add(tomlkit.comment("A site may also have: detector = 'det.onnx', threshold = 0.5,"))
+    document.add(tomlkit.comment("redistribute = 'benign' | 'uniform' | 'prune', columns = [9]."))
+    document.add("model", tomlkit.item(model.name))
+    document.add("sha256", tomlkit.item(sha256))
+    listed = tomlkit.aot()
+    for site in sites.sites:
+        table = tomlkit.table()
+        table.add("name", site.name)
+        table.add("patch", True)
+        if site.facts.heads is not None:
+            table.add("heads", site.facts.heads)
+        table.add("form", site.form)
+        table.add("causal", site.facts.causal)
+        table.add("cross", site.facts.cross)
+        listed.append(table)
+    document.add("site", listed)
+    for other in sites.refused:
+        document.add(tomlkit.comment(f"refused: {other.op} '{other.node}': {other.reason}"))
+    return tomlkit.dumps(document)
+
+
+def read_plan(path: Path, sha256: str) -> list[SitePlan]:
+    """The sites of a plan. Raises: InputError for a faulty file, RefusedError for another model."""
+    try:
+        with path.open("rb") as file:
+            document = tomllib.load(file)
+    except OSError as error:
+        raise InputError(f"cannot read the plan {path}: {(error.strerror or '').lower()}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"the plan {path} is not valid TOML: {error}") from None
+    if document.get("sha256") != sha256:
+        raise RefusedError(
+            f"the plan {path} is for a model with SHA-256 {str(document.get('sha256'))[:12]}..., "
+            "not for this one: write a new one with inspect --plan"
+        )
+    entries = document.get("site", [])
+    if not isinstance(entries, list) or not all(
+        isinstance(e, dict) and "name" in e for e in entries
+    ):
+        raise InputError(f"the plan {path} needs a list of [[site]] tables, each with a name")
+    return [_site_plan(path, entry) for entry in entries]
+
+
+def _site_plan(path: Path, entry: dict[str, Any]) -> SitePlan:
+    unknown = set(entry) - _KEYS - _INFORMATION
+    if unknown:
+        raise InputError(
+            f"the plan {path} sets '{sorted(unknown)[0]}' for site '{entry['name']}', which is not "
+            f"known: choose from {', '.join(sorted(_KEYS))}"
+        )
+    kinds = {
+        "name": str,
+        "patch": bool,
+        "detector": str,
+        "threshold": (int, float),
+        "redistribute": str,
+        "columns": list,
+        "heads": int,
+    }
+    for key, kind in kinds.items():
+        if key in entry and not isinstance(entry[key], kind):  # type: ignore[arg-type]
+            raise InputError(
+                f"the plan {path} sets {key} = {entry[key]!r} for site '{entry['name']}', which "
+                "has the wrong type"
+            )
+    values = {key: entry[key] for key in _KEYS & set(entry)}
+    if "columns" in values:
+        values["columns"] = tuple(int(column) for column in values["columns"])
+    return SitePlan(**values)
+
+
+def choose_sites(sites: Sequence[Site], wanted: Sequence[str]) -> list[Site]:
+    """The sites that `wanted` names: by name, glob pattern or index. Raises: InputError."""
+    if not wanted:
+        return list(sites)
+    chosen: dict[str, Site] = {}
+    for word in wanted:
+        found = [s for s in sites if fnmatchcase(s.name, word) or str(s.index) == word]
+        if not found:
+            names = ", ".join(s.name for s in sites[:6]) + (", ..." if len(sites) > 6 else "")
+            raise InputError(
+                f"no site is called '{word}': the model has {len(sites)}, by name or index 0 to "
+                f"{len(sites) - 1}: {names}"
+            )
+        chosen.update((site.name, site) for site in found)
+    return sorted(chosen.values(), key=lambda site: site.index)

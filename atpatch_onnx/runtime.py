@@ -1,0 +1,152 @@
+"""ONNX Runtime sessions: which execution provider runs is decided once and said out loud."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InputError, RefusedError
+
+Array = NDArray[Any]
+Arrays = dict[str, Array]
+
+PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
+
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int16)": np.int16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """An input of a model: its name, NumPy type (None: not supported) and dims (None: free)."""
+
+    name: str
+    dtype: type[np.generic] | None
+    shape: tuple[int | str | None, ...]
+
+
+def onnxruntime() -> Any:
+    """The ONNX Runtime module. Raises: InputError where none is installed."""
+    try:
+        import onnxruntime as module
+    except ImportError:
+        raise InputError(
+            "ONNX Runtime is not installed: pip install 'atpatch-onnx[gpu]' (CUDA and CPU) or "
+            "'atpatch-onnx[cpu]', never both"
+        ) from None
+    return module
+
+
+def choose_provider(wanted: str | None = None) -> str:
+    """`cuda` where ONNX Runtime has it and it is not asked otherwise, else `cpu`.
+
+    Raises: InputError for an unknown name, or where the wanted one is not there.
+    """
+    if wanted is not None and wanted not in PROVIDERS:
+        raise InputError(f"--ep {wanted}: choose cuda or cpu")
+    available = onnxruntime().get_available_providers()
+    if wanted is not None and PROVIDERS[wanted] not in available:
+        raise InputError(
+            f"--ep {wanted}: this ONNX Runtime has only {', '.join(available)}; install "
+            "'atpatch-onnx[gpu]' in a fresh environment"
+        )
+    return wanted or ("cuda" if _cuda_works(available) else "cpu")
+
+
+def _cuda_works(available: Sequence[str]) -> bool:
+    """Whether a session really lands on CUDA: onnxruntime-gpu lists it without a GPU too."""
+    if PROVIDERS["cuda"] not in available:
+        return False
+    import onnx
+
+    tensor = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    other = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    node = onnx.helper.make_node("Neg", ["x"], ["y"])
+    graph = onnx.helper.make_graph([node], "probe", [tensor], [other])
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8
+    )
+    ort = onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=[PROVIDERS["cuda"], PROVIDERS["cpu"]]
+    )
+    return PROVIDERS["cuda"] in session.get_providers()
+
+
+class Session:
+    """An inference session over a file, or over bytes whose weights lie in `folder`."""
+
+    def __init__(
+        self, model: Path | bytes, provider: str, folder: Path | None = None, threads: int = 0
+    ) -> None:
+        ort = onnxruntime()
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = threads
+        if isinstance(model, bytes) and folder is not None:
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(folder.resolve())
+            )
+        chosen = [PROVIDERS[provider]] + ([PROVIDERS["cpu"]] if provider == "cuda" else [])
+        try:
+            source = model if isinstance(model, bytes) else str(model)
+            self.session = ort.InferenceSession(source, options, providers=chosen)
+        except Exception as error:  # ONNX Runtime raises many types without a common base
+            what = "the model" if isinstance(model, bytes) else str(model)
+            raise RefusedError(
+                f"ONNX Runtime cannot load {what}: {first_line(error)}: check it with "
+                "onnx.checker, or export it at an opset that this ONNX Runtime knows"
+            ) from None
+        if provider == "cuda" and PROVIDERS["cuda"] not in self.session.get_providers():
+            raise InputError(
+                "--ep cuda: ONNX Runtime could not start CUDA (driver or libraries missing): "
+                "use --ep cpu, or see the log of onnxruntime.InferenceSession"
+            )
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """The inputs that must be given."""
+        return tuple(
+            InputSpec(i.name, _DTYPES.get(i.type), tuple(i.shape))
+            for i in self.session.get_inputs()
+        )
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs."""
+        return tuple(output.name for output in self.session.get_outputs())
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> Arrays:
+        """Outputs by name. Raises: InputError where the inputs do not suit the model."""
+        names = list(outputs) if outputs is not None else list(self.outputs)
+        try:
+            values = self.session.run(names, dict(feeds))
+        except Exception as error:  # see above
+            shapes = ", ".join(f"{k} {v.dtype} {list(v.shape)}" for k, v in feeds.items())
+            raise InputError(
+                f"the model failed on inputs {shapes}: {first_line(error)}: check the data against "
+                "what the model expects"
+            ) from None
+        return dict(zip(names, values, strict=True))
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error message, short enough for a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300].rstrip(". ")

@@ -1,0 +1,240 @@
+"""Results as tables for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .api import Inspection, PatchReport
+from .certificate import Check
+from .passes.locate import FLOATS
+from .passes.outcome import Patched
+
+if TYPE_CHECKING:
+    from .benchmark import Timing
+    from .demonstration import DemoReport
+    from .diffing import Comparison
+    from .fitting import FitReport
+
+escaped = escape
+
+
+def inspection_json(found: Inspection) -> dict[str, Any]:
+    """The document of `inspect --json`."""
+    return {
+        "model": str(found.model),
+        "sha256": found.sha256,
+        "opset": found.opset,
+        "nodes": found.nodes,
+        "sites": [
+            {
+                "name": site.name,
+                "index": site.index,
+                "form": site.form,
+                "scope": site.scope,
+                "heads": site.facts.heads,
+                "causal": site.facts.causal,
+                "cross": site.facts.cross,
+                "type": FLOATS[site.elem_type],
+                "shape": None if site.facts.shape is None else list(site.facts.shape),
+                "probabilities": site.probabilities,
+            }
+            for site in found.sites.sites
+        ],
+        "other": [
+            {
+                "node": other.node,
+                "op": other.op,
+                "scope": other.scope,
+                "outcome": "refused" if other.refused else "not attention",
+                "reason": other.reason,
+                **({"fix": other.fix} if other.fix else {}),
+            }
+            for other in found.sites.others
+        ],
+    }
+
+
+def inspection(console: Console, found: Inspection, plan: Path | None) -> None:
+    """The sites, what was refused and what is no attention."""
+    sites = found.sites
+    console.print(
+        f"{escape(str(found.model))}: opset {found.opset}, {found.nodes} nodes, "
+        f"{len(sites.sites)} attention sites, {len(sites.refused)} refused"
+    )
+    if sites.sites:
+        table = _table("#", "site", "form", "type", "heads", "map", "kind")
+        for site in sites.sites:
+            kind = ", ".join(
+                word
+                for word, is_so in (("causal", site.facts.causal), ("cross", site.facts.cross))
+                if is_so
+            )
+            shape = "?" if site.facts.shape is None else _dims(site.facts.shape)
+            table.add_row(
+                str(site.index),
+                escape(site.name),
+                site.form,
+                FLOATS[site.elem_type],
+                str(site.facts.heads or "?"),
+                escape(shape),
+                kind or "self",
+            )
+        console.print(table)
+    if sites.others:
+        table = _table("node", "op", "where", "what it is")
+        for other in sites.others:
+            fix = f" Fix: {other.fix}." if other.fix else ""
+            head = "[red]refused[/]: " if other.refused else ""
+            table.add_row(
+                escape(other.node),
+                other.op,
+                escape(other.scope),
+                f"{head}{escape(other.reason)}.{escape(fix)}",
+            )
+        console.print(table)
+    if plan is not None:
+        console.print(f"plan: {escape(str(plan))}")
+
+
+def fitted(console: Console, report: FitReport) -> None:
+    """What the detector is worth."""
+    c = report.calibration
+    console.print(
+        f"{escape(str(report.output))}: {report.kind} detector for {len(report.sites)} sites "
+        f"(execution provider: {report.provider})"
+    )
+    console.print(
+        f"fitted on {c.fit_inputs} clean inputs, threshold {c.threshold:.4f} from "
+        f"{c.calibration_inputs} others: expect {c.expected_fpr:.2%} of clean inputs flagged"
+    )
+    if not c.honoured:
+        needed = int(1 / c.budget)
+        console.print(
+            f"[yellow]the budget of {c.budget:.2%} cannot be promised with "
+            f"{c.calibration_inputs} held-out inputs: give at least {2 * needed} clean inputs[/]"
+        )
+
+
+def patched(console: Console, report: PatchReport) -> None:
+    """What was done at each site, and the files."""
+    if report.outcomes:
+        table = _table("site", "outcome", "threshold", "redistribution", "strategy")
+        for outcome in report.outcomes:
+            if isinstance(outcome, Patched):
+                threshold = "" if outcome.threshold is None else f"{outcome.threshold:.4f}"
+                table.add_row(
+                    escape(outcome.site),
+                    "[green]patched[/]",
+                    threshold,
+                    outcome.redistribution,
+                    outcome.strategy,
+                )
+            else:
+                table.add_row(
+                    escape(outcome.site),
+                    type(outcome).__name__.lower(),
+                    "",
+                    escape(outcome.reason),
+                    "",
+                )
+        console.print(table)
+    for other in report.refused:
+        console.print(
+            f"[red]refused[/] {other.op} '{escape(other.node)}': {escape(other.reason)}. "
+            f"Fix: {escape(other.fix)}."
+        )
+    console.print(f"{escape(str(report.output))}: {report.added_bytes:,} bytes of patch")
+    if report.certificate is not None:
+        console.print(f"certificate: {escape(str(report.certificate))}")
+
+
+def reverted(console: Console, path: Path) -> None:
+    """Where the original is."""
+    console.print(f"{escape(str(path))}: the original, byte for byte")
+
+
+def verified(console: Console, checks: list[Check]) -> None:
+    """Each check and what it found."""
+    table = _table("check", "", "found")
+    for check in checks:
+        mark = "[green]passed[/]" if check.passed else "[red]failed[/]"
+        table.add_row(check.name, mark, escape(check.detail))
+    console.print(table)
+
+
+def comparison(console: Console, found: Comparison) -> None:
+    """What differs in the graph, in the outputs, and what was flagged."""
+    d = found.difference
+    console.print(
+        f"graph: {len(d.inserted_nodes)} nodes, {len(d.inserted_initializers)} tensors, "
+        f"{len(d.inserted_inputs)} inputs, {len(d.inserted_outputs)} outputs added; "
+        f"{len(d.rewired)} input slots rewired; {len(d.removed)} removed"
+    )
+    table = _table("rewired node", "slot", "read before", "reads now")
+    for slot in d.rewired:
+        table.add_row(escape(slot.node), str(slot.slot), escape(slot.old), escape(slot.new))
+    console.print(table)
+    if found.provider is None:
+        console.print("give --inputs x.npz to compare outputs and count flagged columns")
+        return
+    console.print(
+        f"{found.flagged_inputs} of {found.inputs} inputs flagged "
+        f"(execution provider: {found.provider})"
+    )
+    table = _table(
+        "output", "largest difference", "identical", "same class", "moved though not flagged"
+    )
+    for output in found.outputs:
+        agree = "" if output.agreeing is None else f"{output.agreeing}/{output.samples}"
+        table.add_row(
+            escape(output.name),
+            f"{output.maximum:.3g}",
+            f"{output.identical}/{output.samples}",
+            agree,
+            str(output.unflagged_changed),
+        )
+    console.print(table)
+    table = _table("site", "inputs flagged", "columns flagged (times)")
+    for site in found.sites:
+        often = sorted(site.columns.items(), key=lambda item: -item[1])
+        columns = ", ".join(f"{column} ({count})" for column, count in often[:8])
+        more = f", {len(often) - 8} more" if len(often) > 8 else ""
+        table.add_row(escape(site.site), str(site.inputs), columns + more)
+    console.print(table)
+
+
+def timing(console: Console, found: Timing) -> None:
+    """The ratio and its spread."""
+    shapes = ", ".join(f"{name} {shape}" for name, shape in found.shapes.items())
+    console.print(
+        f"patched / original: [bold]{found.ratio:.3f}[/] (10 to 90 %: {found.low:.3f} to "
+        f"{found.high:.3f}), {found.original_ms:.2f} ms -> {found.patched_ms:.2f} ms, median of "
+        f"{found.runs} pairs on {found.provider}, {escape(shapes)}"
+    )
+
+
+def demonstration(console: Console, report: DemoReport) -> None:
+    """The demo's one table, and where its files are."""
+    table = _table("", "before", "after")
+    for name, before, after in report.rows():
+        table.add_row(name, before, after)
+    console.print(table)
+    console.print(f"everything is in {escape(str(report.folder))}:")
+    for path in report.files:
+        console.print(f"  {escape(path.name)}")
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _dims(shape: tuple[Any, ...]) -> str:
+    return "[" + ", ".join("?" if d is None else str(d) for d in shape) + "]"

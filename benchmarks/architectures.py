@@ -1,0 +1,73 @@
+"""Small random transformers of the families people export, and one call that exports them.
+
+Every architecture is a `transformers` class built from a tiny configuration: no weights are
+downloaded, an export takes seconds, and the number of attention sites is known from the
+configuration. `benchmarks/coverage.py` measures how many of them are found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from architectures_core import EXPORTERS, Architecture
+from architectures_media import AUDIOS, MULTIMODALS, VISIONS
+from architectures_text import DECODERS, ENCODERS, SEQ2SEQS
+
+__all__ = ["ARCHITECTURES", "EXPORTERS", "Architecture", "export"]
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    each.name: each
+    for group in (ENCODERS, DECODERS, SEQ2SEQS, VISIONS, AUDIOS, MULTIMODALS)
+    for each in group
+}
+
+
+def export(
+    architecture: Architecture, attention: str, exporter: str, opset: int, path: Path
+) -> dict[str, np.ndarray]:
+    """Writes one ONNX file and returns the example inputs to run it with.
+
+    Raises: whatever the exporter raises; `ValueError` for a combination known not to work.
+    """
+    if reason := architecture.unsupported.get((attention, exporter, opset)):
+        raise ValueError(f"{architecture.name} {attention} {exporter} {opset}: {reason}")
+    module, inputs = architecture.build(attention)
+    axes = {} if exporter in architecture.static else architecture.dynamic
+    options: dict[str, Any] = {
+        "input_names": list(inputs),
+        "output_names": list(module.output_names),
+        "opset_version": opset,
+        "dynamo": exporter == "dynamo",
+    }
+    if exporter == "dynamo":
+        options |= {"external_data": False, "verbose": False}
+        if axes:
+            options["dynamic_shapes"] = (tuple(dict(axes[name]) for name in inputs),)
+    else:
+        options["dynamic_axes"] = {name: dict(named) for name, named in axes.items()}
+    with _quiet(), torch.no_grad():
+        torch.onnx.export(module, tuple(inputs.values()), str(path), **options)
+    return {name: tensor.numpy() for name, tensor in inputs.items()}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings, logging or progress bars of the exporters."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            with contextlib.redirect_stderr(io.StringIO()):
+                yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,1 @@
+"""The torch side: reference victims, attacks and the data they are trained on."""

@@ -1,0 +1,74 @@
+"""Export a reference victim to ONNX."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from .vision_transformer import VisionTransformer
+
+FIRST_TORCH_EXPORT_OPSET = 18
+"""The lowest opset that the exporter based on `torch.export` writes by itself."""
+
+
+def export_onnx(model: VisionTransformer, path: str | Path, opset: int = 17) -> None:
+    """Write the model with input `pixels`, output `logits` and a dynamic batch axis.
+
+    From opset 18 on the exporter based on `torch.export` is used, below that the TorchScript one;
+    users have files from both. Nothing is printed. The model's mode is as before afterwards.
+
+    Shapes:
+        pixels `[batch, C, S, S]` -> logits `[batch, classes]`.
+    """
+    config = model.config
+    # Two examples: a batch of one would make torch.export specialise the axis.
+    pixels = torch.zeros(2, config.channels, config.image_size, config.image_size)
+    was_training = model.training
+    model.eval()
+    try:
+        with _quiet():
+            if opset >= FIRST_TORCH_EXPORT_OPSET:
+                torch.onnx.export(
+                    model,
+                    (pixels,),
+                    str(path),
+                    input_names=["pixels"],
+                    output_names=["logits"],
+                    opset_version=opset,
+                    dynamic_shapes={"pixels": {0: torch.export.Dim("batch")}},
+                    dynamo=True,
+                    external_data=False,
+                    verbose=False,
+                )
+            else:
+                torch.onnx.export(
+                    model,
+                    (pixels,),
+                    str(path),
+                    input_names=["pixels"],
+                    output_names=["logits"],
+                    opset_version=opset,
+                    dynamic_axes={"pixels": {0: "batch"}, "logits": {0: "batch"}},
+                    dynamo=False,
+                )
+    finally:
+        model.train(was_training)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence deprecation warnings, progress prints and log lines; errors still raise."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

@@ -1,0 +1,1 @@
+"""Passes: read a graph, return edits. None of them changes a model."""

@@ -1,0 +1,245 @@
+"""A graph, indexed for reading: who makes a value, who reads it, what is known of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+
+Dim = int | str | None
+"""A dimension: a number, a symbol, or unknown."""
+
+
+@dataclass(frozen=True)
+class ValueType:
+    """Element type (`onnx.TensorProto`) and shape of a value; shape None: not even the rank."""
+
+    elem_type: int
+    shape: tuple[Dim, ...] | None
+
+
+@dataclass(frozen=True)
+class Use:
+    """Input `slot` of node `node`."""
+
+    node: int
+    slot: int
+
+
+@dataclass(frozen=True, eq=False)
+class GraphView:
+    """The main graph of a model, or a subgraph or function body within it (`scope` says which)."""
+
+    model: ModelProto
+    nodes: list[NodeProto]
+    graph: GraphProto | None
+    scope: str = "main"
+    outer: GraphView | None = None
+    _constants: dict[str, NDArray[np.generic] | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: ModelProto) -> GraphView:
+        """The view of the main graph."""
+        return cls(model, list(model.graph.node), model.graph)
+
+    def nested(self) -> Iterator[GraphView]:
+        """Views of every subgraph, and of every function of the model (from the main view)."""
+        for node in self.nodes:
+            for attribute in node.attribute:
+                graphs = [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
+                for graph in graphs:
+                    scope = f"{self.scope}/{node.name or node.op_type}.{attribute.name}"
+                    view = GraphView(self.model, list(graph.node), graph, scope, self)
+                    yield view
+                    yield from view.nested()
+        if self.outer is None and self.graph is self.model.graph:
+            for function in self.model.functions:
+                scope = f"function {function.name}"
+                view = GraphView(self.model, list(function.node), None, scope)
+                yield view
+                yield from view.nested()
+
+    @cached_property
+    def opset(self) -> int:
+        """Version of the default operator domain."""
+        return next((o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx")), 1)
+
+    @cached_property
+    def producers(self) -> dict[str, int]:
+        """The node that makes a value."""
+        return {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
+
+    @cached_property
+    def consumers(self) -> dict[str, list[Use]]:
+        """The input slots that read a value."""
+        uses: dict[str, list[Use]] = defaultdict(list)
+        for i, node in enumerate(self.nodes):
+            for slot, name in enumerate(node.input):
+                uses[name].append(Use(i, slot))
+        return uses
+
+    @cached_property
+    def initializers(self) -> dict[str, TensorProto]:
+        """Initializers of this scope and the enclosing ones."""
+        own = {} if self.graph is None else {t.name: t for t in self.graph.initializer}
+        return own if self.outer is None else {**self.outer.initializers, **own}
+
+    @cached_property
+    def outputs(self) -> set[str]:
+        """Names of the graph's outputs."""
+        return set() if self.graph is None else {value.name for value in self.graph.output}
+
+    def producer(self, value: str) -> NodeProto | None:
+        """The node that makes `value`, if it is in this scope."""
+        index = self.producers.get(value)
+        return None if index is None else self.nodes[index]
+
+    @cached_property
+    def varying(self) -> set[str]:
+        """Values that depend on the graph's inputs: activations, as against weights."""
+        if self.graph is None or self.outer is not None:
+            found = {name for node in self.nodes for name in node.input}
+            found -= set(self.producers) | set(self.initializers)
+        else:
+            found = {value.name for value in self.graph.input} - set(self.initializers)
+        # Control-flow nodes capture values, so that they vary although they may have no inputs.
+        queue = list(found)
+        for node in self.nodes:
+            if any(a.HasField("g") for a in node.attribute):
+                queue += node.output
+        found.update(queue)
+        for value in queue:  # a work list, because not every model is topologically sorted
+            for use in self.consumers.get(value, []):
+                new = [n for n in self.nodes[use.node].output if n and n not in found]
+                found.update(new)
+                queue += new
+        return found
+
+    @cached_property
+    def types(self) -> dict[str, ValueType]:
+        """What shape inference and the model's own value_info know; only for the main graph."""
+        if self.graph is None or self.outer is not None:
+            return {}
+        graph = self.graph
+        with contextlib.suppress(Exception):  # inference is a help: an odd model must not stop us
+            graph = onnx.shape_inference.infer_shapes(self.model, data_prop=True).graph
+        known = {t.name: ValueType(t.data_type, tuple(t.dims)) for t in graph.initializer}
+        for info in (*graph.value_info, *graph.input, *graph.output):
+            tensor = info.type.tensor_type
+            if tensor.elem_type:
+                shape = None
+                if tensor.HasField("shape"):
+                    shape = tuple(
+                        d.dim_value if d.HasField("dim_value") else _symbol(d.dim_param)
+                        for d in tensor.shape.dim
+                    )
+                known[info.name] = ValueType(tensor.elem_type, shape)
+        return known
+
+    def shape(self, value: str) -> tuple[Dim, ...] | None:
+        """The shape of `value`, as far as it is known."""
+        known = self.types.get(value)
+        return None if known is None else known.shape
+
+    def rank(self, value: str, depth: int = 24) -> int | None:
+        """The rank of `value`; read off its neighbours where shape inference gave up."""
+        shape = self.shape(value)
+        if shape is not None:
+            return len(shape)
+        node = self.producer(value)
+        if node is None or depth == 0:
+            return None
+        op = node.op_type
+        if op == "Transpose" and (perm := attribute(node, "perm")) is not None:
+            return len(perm.ints)
+        if op == "Reshape" and len(node.input) > 1:
+            target = self.constant(node.input[1])
+            if target is not None:
+                return int(target.size)
+            concat = self.producer(node.input[1])
+            if concat is not None and concat.op_type == "Concat":
+                return len(concat.input)  # the exporters' way to write a shape, one part a dim
+            return None
+        if op in _SAME_RANK:
+            ranks = [self.rank(name, depth - 1) for name in node.input if name]
+            known = [rank for rank in ranks if rank is not None]
+            return max(known) if known else None
+        return None
+
+    def constant(self, value: str) -> NDArray[np.generic] | None:
+        """The value of a small initializer or Constant; None where it is no constant or large."""
+        if value not in self._constants:
+            self._constants[value] = self._read_constant(value)
+        return self._constants[value]
+
+    def _read_constant(self, value: str) -> NDArray[np.generic] | None:
+        tensor = self.initializers.get(value)
+        node = self.producer(value)
+        if node is not None:
+            if node.op_type == "Identity":
+                return self.constant(node.input[0])
+            if node.op_type != "Constant":
+                return None
+            held = node.attribute[0]
+            if held.name == "value_int":
+                return np.asarray(held.i)
+            if held.name == "value_float":
+                return np.asarray(held.f, np.float32)
+            if held.name == "value_ints":
+                return np.asarray(held.ints, np.int64)
+            tensor = held.t if held.name == "value" else None
+        if tensor is None or tensor.data_location == TensorProto.EXTERNAL:
+            return None
+        try:
+            return onnx.numpy_helper.to_array(tensor)
+        except Exception:  # its data was left out of the skeleton
+            return None
+
+    def search(
+        self, start: str, follow: Callable[[NodeProto], list[str]], limit: int = 4000
+    ) -> Iterator[tuple[str, NodeProto]]:
+        """Values upstream of `start` with their producers, nearest first, along `follow`."""
+        queue, seen = [start], {start}
+        for value in queue:
+            node = self.producer(value)
+            if node is None:
+                continue
+            yield value, node
+            for name in follow(node):
+                if name and name not in seen and len(seen) < limit:
+                    seen.add(name)
+                    queue.append(name)
+
+
+def _symbol(name: str) -> str | None:
+    """A dimension's name, unless shape inference made it up."""
+    return None if not name or name.startswith("unk__") else name
+
+
+_SAME_RANK = frozenset(
+    "Add Sub Mul Div Where Cast Softmax Tanh Identity MatMul FusedMatMul Max Min Clip "
+    "IsNaN Dropout BiasSoftmax Concat Slice Exp Neg LayerNormalization Pow Sqrt".split()
+)
+
+
+def attribute(node: NodeProto, name: str) -> AttributeProto | None:
+    """The attribute `name` of a node."""
+    return next((a for a in node.attribute if a.name == name), None)
+
+
+def int_attribute(node: NodeProto, name: str, default: int) -> int:
+    """An integer attribute, or its default."""
+    found = attribute(node, name)
+    return default if found is None else int(found.i)
+
+
+def domain(node: NodeProto) -> str:
+    """The operator domain, "" for the default one however it is spelt."""
+    return "" if node.domain == "ai.onnx" else node.domain

@@ -1,0 +1,309 @@
+"""Find every attention site of a model, and say of every other softmax and fused op what it is.
+
+One structural locator: anchor on a softmax over the last axis, walk back to Q K^T and forward to
+P V (`walk`). Fused operators, subgraphs and functions are searched too, and refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from onnx import ModelProto, NodeProto, TensorProto
+
+from .describe import SiteFacts, describe_site, site_names
+from .graph_view import GraphView, Use, attribute, domain, int_attribute
+from .walk import Step, describe, downstream, find_contexts, find_rearranged, find_scores
+
+FLOATS: dict[int, str] = {
+    TensorProto.FLOAT: "float32",
+    TensorProto.FLOAT16: "float16",
+    TensorProto.BFLOAT16: "bfloat16",
+    TensorProto.DOUBLE: "float64",
+}
+
+FUSED = frozenset(
+    "Attention MultiHeadAttention GroupQueryAttention PackedAttention "
+    "PackedMultiHeadAttention QAttention QOrderedAttention DecoderAttention "
+    "DecoderMaskedMultiHeadAttention DecoderMaskedSelfAttention LongformerAttention "
+    "QOrderedLongformerAttention SparseAttention PagedAttention FlexAttention "
+    "LinearAttention".split()
+)
+"""Operators that hold a whole attention: ONNX, its preview domain and com.microsoft."""
+
+_EXPORT_UNFUSED = (
+    "export the model with attn_implementation='eager', or at an opset below 23, and without "
+    "offline graph optimization"
+)
+
+
+_EXPORT_FLAT = (
+    "export the branches as separate models (for example decoder and decoder_with_past), or inline "
+    "the functions with onnx.inliner.inline_local_functions"
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where probabilities `[B, H, Q, K]` multiply V, in plain nodes.
+
+    name: unique within the model, from its module path where the exporter left one.
+    index: position among the model's sites, in graph order.
+    form: how the probabilities are computed: "softmax" or "exp-sum-div", with their rank.
+    scope: the graph that holds it; "main".
+    node: index of the node that ends the softmax.
+    probabilities: the value that a splice replaces, in float, keys on its last axis.
+    uses: the input slots that lead from it to P V.
+    elem_type, rank: its ONNX element type and rank.
+    facts: what else is known: heads, shape, causal, cross.
+    """
+
+    name: str
+    index: int
+    form: str
+    scope: str
+    node: int
+    probabilities: str
+    uses: tuple[Use, ...]
+    elem_type: int
+    rank: int
+    facts: SiteFacts
+
+
+@dataclass(frozen=True)
+class Other:
+    """A softmax or fused op that is not patched. `fix` is empty where it is no attention site.
+
+    node, op, scope: which one.
+    reason: what it is, or which step of the search failed at which node.
+    fix: for a refused site, what to do about it.
+    """
+
+    node: str
+    op: str
+    scope: str
+    reason: str
+    fix: str = ""
+
+    @property
+    def refused(self) -> bool:
+        """Whether this is an attention site that cannot be patched, as against none at all."""
+        return bool(self.fix)
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Everything that looks like attention: what is a site, and why the rest is not."""
+
+    sites: tuple[Site, ...]
+    others: tuple[Other, ...]
+
+    @property
+    def refused(self) -> tuple[Other, ...]:
+        """Attention that cannot be patched."""
+        return tuple(other for other in self.others if other.refused)
+
+
+def locate(model: ModelProto) -> Sites:
+    """Search the main graph, every subgraph and every function of `model`."""
+    view = GraphView.of(model)
+    found: list[tuple[GraphView, _Candidate]] = []
+    others: list[Other] = []
+    for scope in (view, *view.nested()):
+        for result in _search(scope):
+            if isinstance(result, Other):
+                others.append(result)
+            else:
+                found.append((scope, result))
+    names = site_names([(scope, scope.nodes[c.node]) for scope, c in found])
+    sites = [
+        Site(
+            name=name,
+            index=index,
+            form=f"{candidate.form} {candidate.rank}-D",
+            scope=scope.scope,
+            node=candidate.node,
+            probabilities=candidate.probabilities,
+            uses=candidate.uses,
+            elem_type=candidate.elem_type,
+            rank=candidate.rank,
+            facts=describe_site(
+                scope, candidate.probabilities, candidate.rank, candidate.scores, candidate.logits
+            ),
+        )
+        for index, (name, (scope, candidate)) in enumerate(zip(names, found, strict=True))
+    ]
+    return Sites(tuple(sites), tuple(others))
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A site before it has a name; `scores` is the Q K^T node, `logits` the softmax input."""
+
+    form: str
+    node: int
+    probabilities: str
+    uses: tuple[Use, ...]
+    elem_type: int
+    rank: int
+    scores: NodeProto
+    logits: str
+
+
+@dataclass(frozen=True)
+class _Anchor:
+    """A softmax: the node that ends it, its input and output values, and how it is written."""
+
+    node: int
+    logits: str
+    output: str
+    form: str
+
+
+def _search(view: GraphView) -> Iterator[_Candidate | Other]:
+    for index, node in enumerate(view.nodes):
+        if node.op_type in FUSED:
+            yield _fused(view, node)
+        elif node.op_type == "LogSoftmax":
+            yield _other(view, node, "a log-softmax is a loss or a classifier, not attention")
+        elif (anchor := _anchor(view, index, node)) is not None:
+            yield anchor if isinstance(anchor, Other) else _candidate(view, anchor)
+
+
+def _anchor(view: GraphView, index: int, node: NodeProto) -> _Anchor | Other | None:
+    if node.op_type in ("Softmax", "BiasSoftmax"):
+        axis = _over_last_axis(view, node)
+        if axis is not None:
+            return _other(view, node, axis)
+        return _Anchor(index, node.input[0], node.output[0], "softmax")
+    return _written_out(view, index, node) if node.op_type in ("Div", "Mul") else None
+
+
+def _over_last_axis(view: GraphView, node: NodeProto) -> str | None:
+    """None if the softmax runs over the last axis alone, else the reason why it does not."""
+    default = -1 if view.opset >= 13 and domain(node) == "" else 1
+    axis = int_attribute(node, "axis", default)
+    rank = view.rank(node.input[0])
+    if axis == -1 or (rank is not None and axis == rank - 1) or (rank is None and axis == 3):
+        return None
+    flattened = " and everything behind it" if view.opset < 13 else ""
+    return f"a softmax over axis {axis}{flattened} of {rank or 'unknown'} is not one over keys"
+
+
+def _written_out(view: GraphView, index: int, node: NodeProto) -> _Anchor | None:
+    """Exp / ReduceSum(Exp), also as Exp * Reciprocal(ReduceSum(Exp)), maybe with an epsilon."""
+    for top, bottom in ((0, 1), (1, 0)) if node.op_type == "Mul" else ((0, 1),):
+        exp = view.producer(node.input[top])
+        if exp is None or exp.op_type != "Exp":
+            continue
+        below = view.producer(node.input[bottom])
+        while below is not None and below.op_type in ("Reciprocal", "Add", "Clip", "Max", "Cast"):
+            below = view.producer(below.input[0])
+        if below is None or below.op_type != "ReduceSum" or below.input[0] != exp.output[0]:
+            continue
+        if _sums_last_axis(view, below):
+            return _Anchor(index, exp.input[0], node.output[0], "exp-sum-div")
+    return None
+
+
+def _sums_last_axis(view: GraphView, node: NodeProto) -> bool:
+    held = attribute(node, "axes")
+    if held is not None:
+        axes = list(held.ints)
+    elif len(node.input) > 1 and (constant := view.constant(node.input[1])) is not None:
+        axes = [int(a) for a in constant.reshape(-1)]
+    else:
+        return False
+    rank = view.rank(node.input[0])
+    return axes == [-1] or (rank is not None and axes == [rank - 1])
+
+
+def _candidate(view: GraphView, anchor: _Anchor) -> _Candidate | Other:
+    node = view.nodes[anchor.node]
+    scores, met = find_scores(view, anchor.logits)
+    paths = list(find_contexts(view, anchor.output))
+    if scores is None:
+        return _other(view, node, f"its scores come from {met}, not from a product of Q and K")
+    if any(reader.name.startswith("atpatch/") for reader in downstream(view, anchor.output)):
+        return _refused(view, node, "it is patched already", "revert the model first")
+    if not paths and (mover := find_rearranged(view, anchor.output)) is not None:
+        return _refused(
+            view,
+            node,
+            f"{describe(mover)} rearranges its probabilities, so that columns are no longer keys",
+            "export the model with full attention instead of blocks or sliding chunks",
+        )
+    if not paths:
+        reads = [describe(view.nodes[u.node]) for u in view.consumers.get(anchor.output, [])]
+        where = ", ".join(reads[:3]) or "the graph's output"
+        return _other(view, node, f"its result goes to {where} and never multiplies a V")
+    if view.scope != "main":
+        return _refused(view, node, f"an attention site inside {view.scope}", _EXPORT_FLAT)
+    step, uses = _splice_point(view, paths)
+    if step is None:
+        return _refused(
+            view,
+            node,
+            "no float value holds its probabilities",
+            "export the model before it is quantised",
+        )
+    elem_type = _float_type(view, step.value, anchor)
+    rank = view.rank(step.value)
+    if elem_type is None or rank is None or not 2 <= rank <= 5:
+        return _refused(
+            view,
+            node,
+            f"the type or rank of its probabilities '{step.value}' cannot be inferred",
+            "run onnx.shape_inference.infer_shapes_path on the model and patch the result",
+        )
+    return _Candidate(
+        anchor.form, anchor.node, step.value, uses, elem_type, rank, scores, anchor.logits
+    )
+
+
+def _splice_point(view: GraphView, paths: list[list[Step]]) -> tuple[Step | None, tuple[Use, ...]]:
+    """The last float value common to all ways to V; one of rank 4 is taken before others."""
+    common = 0
+    while all(len(p) > common for p in paths) and len({p[common].value for p in paths}) == 1:
+        common += 1
+    candidates = [i for i in range(common) if paths[0][i].axis == -1 and not paths[0][i].quantized]
+    if not candidates:
+        return None, ()
+    four = [i for i in candidates if view.rank(paths[0][i].value) == 4]
+    chosen = (four or candidates)[-1]
+    uses = dict.fromkeys(path[chosen].use for path in paths)
+    return paths[0][chosen], tuple(uses)
+
+
+def _float_type(view: GraphView, value: str, anchor: _Anchor) -> int | None:
+    """The element type of the probabilities; a cast or a neighbour tells where inference fails."""
+    for name in (value, anchor.output, anchor.logits):
+        known = view.types.get(name)
+        if known is not None and known.elem_type in FLOATS:
+            return known.elem_type
+        node = view.producer(name)
+        if node is not None and node.op_type == "Cast":
+            to = int_attribute(node, "to", TensorProto.UNDEFINED)
+            return to if to in FLOATS else None
+    # Everything around is opaque: attention runs in the type of the float weights.
+    weights = {t.data_type for t in view.initializers.values() if t.data_type in FLOATS}
+    return weights.pop() if len(weights) == 1 else None
+
+
+def _other(view: GraphView, node: NodeProto, reason: str) -> Other:
+    return Other(node.name or node.output[0], node.op_type, view.scope, reason)
+
+
+def _refused(view: GraphView, node: NodeProto, reason: str, fix: str) -> Other:
+    return Other(node.name or node.output[0], node.op_type, view.scope, reason, fix)
+
+
+def _fused(view: GraphView, node: NodeProto) -> Other:
+    kind = f"{node.domain}." if domain(node) else "ONNX "
+    what = "computes no attention map" if "Linear" in node.op_type else "hides its probabilities"
+    return _refused(
+        view,
+        node,
+        f"the fused operator {kind}{node.op_type} {what}",
+        _EXPORT_UNFUSED,
+    )

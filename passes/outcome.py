@@ -1,0 +1,54 @@
+"""What a pass says about every site: done, left alone, or declined. Never silence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..edits import Edit
+
+
+@dataclass(frozen=True)
+class Patched:
+    """The site has a detector (or static columns) and a redistribution.
+
+    flagged: the bool value `[B, 1 or H, 1, K]` that says which columns are flagged.
+    """
+
+    site: str
+    flagged: str
+    redistribution: str
+    strategy: str
+    threshold: float | None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Left alone on purpose."""
+
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Cannot be done; `fix` says what to do about it."""
+
+    site: str
+    reason: str
+    fix: str
+
+
+Outcome = Patched | Skipped | Refused
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """The edits of a pass and its word on every site."""
+
+    edits: tuple[Edit, ...]
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def patched(self) -> tuple[Patched, ...]:
+        """The sites that were patched."""
+        return tuple(o for o in self.outcomes if isinstance(o, Patched))

@@ -1,0 +1,340 @@
+"""Splice a detector and a redistribution in front of P V, at each chosen site.
+
+    P ──► [view as B,H,Q,K] ──► detector ──► anomaly ──► > threshold ──► flagged
+    P ──► redistribute(P, flagged, benign) ──► P V                      (one rewired input)
+
+1. `P` is viewed as float32 `[B, H, Q, K]` for the detector (nothing to do for float32 4-D).
+2. The detector's nodes are copied in; its tensors are stored once for all sites.
+3. `flagged`, bool `[B, 1 or H, 1, K]`; `sample_flagged`, bool `[B, 1, 1, 1]`.
+4. Strategy `select`: redistribute always, `Where(sample_flagged, new, P)`: no control flow, for
+   CUDA. Strategy `guard`: the same inside an `If` on whether anything is flagged: cheaper on CPU.
+5. The input slots of the nodes that lead to P V read the result instead of P.
+
+Where nothing is flagged in a sample its probabilities pass bit for bit, by selection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from onnx import GraphProto, NodeProto, TensorProto, helper
+
+from ..detector import Detector
+from ..edits import (
+    AddInitializer,
+    AddInput,
+    AddNode,
+    AddOpsetImport,
+    AddOutput,
+    Edit,
+    RewireInput,
+)
+from ..errors import InputError
+from .fragment import Constants, Fragment
+from .graph_view import GraphView
+from .inline import inline, shared_initializers
+from .locate import Site
+from .outcome import Outcome, PassResult, Patched, Skipped
+from .redistribute import Redistribution, redistribute
+
+ENABLED = "atpatch/enabled"
+THRESHOLD = "atpatch/threshold"
+
+
+class Strategy(StrEnum):
+    """How the redistribution is kept off inputs in which nothing is flagged."""
+
+    GUARD = "guard"
+    """An `If`: nothing is computed when nothing is flagged; fastest on CPU."""
+    SELECT = "select"
+    """Branch-free: no host synchronisation, fit for CUDA graphs."""
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What to do at one site.
+
+    detector: flags columns; None where `columns` are given instead.
+    columns: key positions that are always flagged; negative ones count from the end.
+    threshold: overrides the detector's.
+    heads: for 3-D probabilities `[B*H, Q, K]` whose graph does not say how many heads there are.
+    """
+
+    redistribution: Redistribution
+    detector: Detector | None = None
+    columns: tuple[int, ...] = ()
+    threshold: float | None = None
+    heads: int | None = None
+
+    @property
+    def effective_threshold(self) -> float | None:
+        """The threshold in force; None for static columns."""
+        if self.detector is None:
+            return None
+        return self.detector.threshold if self.threshold is None else self.threshold
+
+
+@dataclass(frozen=True)
+class Splice:
+    """Patch the sites that have a treatment; the others are `Skipped`.
+
+    treatments: by site name.
+    strategy: `guard` or `select`.
+    telemetry: add an output `atpatch/<site>/flagged` for each patched site.
+    toggle: add overridable inputs `atpatch/enabled` (bool) and `atpatch/threshold` (float32).
+    bindings: host values for further detector inputs, by input name.
+    """
+
+    treatments: Mapping[str, Treatment]
+    strategy: Strategy = Strategy.GUARD
+    telemetry: bool = False
+    toggle: bool = False
+    bindings: Mapping[str, str] = field(default_factory=dict)
+
+    def __call__(self, view: GraphView, sites: tuple[Site, ...]) -> PassResult:
+        """The edits and an outcome for each of `sites`. Raises: InputError."""
+        return Splicing(self, view).run(sites)
+
+
+class Splicing:
+    """One run of the pass: what sites share is kept here."""
+
+    def __init__(self, options: Splice, view: GraphView) -> None:
+        self.options, self.view = options, view
+        self.constants = Constants("atpatch/shared")
+        self.edits: list[Edit] = []
+        self.detectors: dict[str, dict[str, str]] = {}
+
+    def run(self, sites: tuple[Site, ...]) -> PassResult:
+        """Patch each site that has a treatment."""
+        outcomes: list[Outcome] = []
+        for site in sites:
+            treatment = self.options.treatments.get(site.name)
+            if treatment is None:
+                outcomes.append(Skipped(site.name, "not chosen"))
+            elif treatment.detector and treatment.detector.layer_of(site.name, site.index) is None:
+                outcomes.append(Skipped(site.name, "its detector was not fitted for this site"))
+            else:
+                outcomes.append(self.patch(site, treatment))
+        if self.options.toggle and any(isinstance(o, Patched) for o in outcomes):
+            self.edits += [
+                AddInitializer(helper.make_tensor(ENABLED, TensorProto.BOOL, [], [True])),
+                AddInput(helper.make_tensor_value_info(ENABLED, TensorProto.BOOL, [])),
+            ]
+        return PassResult((*self.constants.edits(), *self.edits), tuple(outcomes))
+
+    def patch(self, site: Site, treatment: Treatment) -> Patched:
+        """The edits for one site."""
+        prefix = f"atpatch/{site.name}"
+        before = min(use.node for use in site.uses)
+        f = Fragment(prefix, self.view.opset, self.constants)
+        whole = view_4d(f, site, treatment.heads)
+        nodes = []
+        benign = None
+        if treatment.detector is None:
+            flagged = self.static_columns(f, site, treatment, whole)
+        else:
+            narrow = site.elem_type != TensorProto.FLOAT
+            attention = f.cast(whole, TensorProto.FLOAT, "attention") if narrow else whole
+            nodes += f.nodes()
+            f = Fragment(prefix, self.view.opset, self.constants)
+            layer = treatment.detector.layer_of(site.name, site.index) or 0
+            copied, anomaly, benign = self.detector(
+                treatment.detector, prefix, attention, layer, before
+            )
+            nodes += copied
+            threshold = self.threshold(f, site, treatment)
+            above = "above" if self.options.toggle else "flagged"
+            flagged = f.op("Greater", anomaly, threshold, name=above)
+            if self.options.toggle:
+                flagged = f.op("And", flagged, ENABLED, name="flagged")
+        if treatment.redistribution is not Redistribution.BENIGN:
+            benign = None
+        result = self.redistributed(f, site, treatment, whole, flagged, benign)
+        nodes += f.nodes()
+        self.edits += [AddNode(before, node) for node in nodes]
+        self.edits += [RewireInput(u.node, u.slot, site.probabilities, result) for u in site.uses]
+        if self.options.telemetry:
+            shape: list[str | int | None] = [f"{prefix}/N", f"{prefix}/H", 1, f"{prefix}/K"]
+            value = helper.make_tensor_value_info(flagged, TensorProto.BOOL, shape)
+            self.edits.append(AddOutput(value))
+        return Patched(
+            site.name,
+            flagged,
+            treatment.redistribution.value,
+            self.strategy(site).value,
+            treatment.effective_threshold,
+        )
+
+    def redistributed(
+        self,
+        f: Fragment,
+        site: Site,
+        treatment: Treatment,
+        whole: str,
+        flagged: str,
+        benign: str | None,
+    ) -> str:
+        """The new probabilities in the host's rank, computed as the strategy says."""
+        shape = site.facts.shape
+        ones = f.cast(flagged, TensorProto.FLOAT, "flagged_ones")
+        largest = f.axes_op("ReduceMax", ones, [1, 2, 3], "sample_flagged_ones", keepdims=1)
+        sample = f.cast(largest, TensorProto.BOOL, "sample_flagged")
+
+        def inside(g: Fragment) -> str:
+            new = redistribute(
+                g, whole, flagged, sample, benign, treatment.redistribution, site.elem_type
+            )
+            if site.rank == 4:
+                return new
+            original = g.op("Shape", site.probabilities, name="original_shape")
+            return g.op("Reshape", new, original, name="probabilities_as_before")
+
+        if self.strategy(site) is Strategy.SELECT:
+            return inside(f)
+        then, other = f.branch("if_flagged"), f.branch("if_clean")
+        new = inside(then)
+        same = other.op("Identity", site.probabilities, name="probabilities")
+        batch = f.axes_op("ReduceMax", largest, [0, 1, 2, 3], "any_flagged_ones", keepdims=0)
+        return f.op(
+            "If",
+            f.cast(batch, TensorProto.BOOL, "any_flagged"),
+            name="guarded_probabilities",
+            then_branch=then.subgraph(new, site.elem_type, shape),
+            else_branch=other.subgraph(same, site.elem_type, shape),
+        )
+
+    def strategy(self, site: Site) -> Strategy:
+        """The strategy in force: 16-bit maps are always selected.
+
+        ONNX Runtime's CPU provider computes float16 in float32 and drops the roundings between
+        neighbouring nodes; the edge of an `If` would bring one back, and with it other bits. (And
+        an `If` cannot return bfloat16 before opset 16.)
+        """
+        wide = site.elem_type in (TensorProto.FLOAT, TensorProto.DOUBLE)
+        return self.options.strategy if wide else Strategy.SELECT
+
+    def detector(
+        self, detector: Detector, prefix: str, attention: str, layer: int, before: int
+    ) -> tuple[list[NodeProto], str, str | None]:
+        """The detector's nodes for one site, its anomaly and its benign attention."""
+        graph = detector.model.graph
+        bound = dict(self.stored(detector, graph))
+        bound["attention"] = attention
+        if detector.takes_layer:
+            bound["layer"] = self.constants.add(f"layer{layer}", np.array(layer, np.int64))
+        for name in detector.extra_inputs:
+            bound[name] = self.bound(detector, name, before)
+        nodes = inline(graph, f"{prefix}/detector", bound)
+        outputs = {v.name: bound.get(v.name, f"{prefix}/detector/{v.name}") for v in graph.output}
+        return nodes, outputs["anomaly"], outputs.get("benign")
+
+    def stored(self, detector: Detector, graph: GraphProto) -> dict[str, str]:
+        """The host's names of the detector's tensors, which are added with its first site."""
+        if detector.sha256 not in self.detectors:
+            number = f"-{len(self.detectors)}" if self.detectors else ""
+            tensors = shared_initializers(graph, f"atpatch/detector{number}")
+            self.edits += [AddInitializer(tensor) for tensor in tensors.values()]
+            self.detectors[detector.sha256] = {old: t.name for old, t in tensors.items()}
+            imported = {o.domain for o in self.view.model.opset_import}
+            self.edits += [
+                AddOpsetImport(o.domain, o.version)
+                for o in detector.model.opset_import
+                if o.domain == "ai.onnx.ml" and o.domain not in imported
+            ]
+        return self.detectors[detector.sha256]
+
+    def bound(self, detector: Detector, name: str, before: int) -> str:
+        """The host value that a further detector input reads. Raises: InputError."""
+        value = self.options.bindings.get(name)
+        if value is None:
+            raise InputError(
+                f"the input '{name}' of the detector {detector.path} is not bound: say which value "
+                f"of the model it reads with --bind {name}=VALUE"
+            )
+        graph_inputs = {v.name for v in self.view.model.graph.input}
+        made = self.view.producers.get(value)
+        if value not in graph_inputs and value not in self.view.initializers and made is None:
+            raise InputError(f"--bind {name}={value}: the model has no value '{value}'")
+        if made is not None and made >= before:
+            raise InputError(
+                f"--bind {name}={value}: that value is computed only behind the site; bind one "
+                "that is computed before it"
+            )
+        return value
+
+    def threshold(self, f: Fragment, site: Site, treatment: Treatment) -> str:
+        """The site's threshold: a constant, or an overridable input under `toggle`."""
+        value = treatment.effective_threshold
+        assert value is not None
+        if not self.options.toggle:
+            return f.constants.add(f"threshold({value:.9g})", np.array(value, np.float32))
+        values = {t.effective_threshold for t in self.options.treatments.values()}
+        name = THRESHOLD if len(values) == 1 else f"atpatch/{site.name}/threshold"
+        if not any(isinstance(e, AddInput) and e.value.name == name for e in self.edits):
+            self.edits += [
+                AddInitializer(helper.make_tensor(name, TensorProto.FLOAT, [], [value])),
+                AddInput(helper.make_tensor_value_info(name, TensorProto.FLOAT, [])),
+            ]
+        return name
+
+    def static_columns(self, f: Fragment, site: Site, treatment: Treatment, whole: str) -> str:
+        """A mask `[1, 1, 1, K]` of the given columns."""
+        keys = site.facts.shape[-1] if site.facts.shape else None
+        if isinstance(keys, int):
+            outside = [c for c in treatment.columns if not -keys <= c < keys]
+            if outside:
+                raise InputError(
+                    f"--columns {outside[0]}: site '{site.name}' has columns 0 to {keys - 1}"
+                )
+            mask = np.zeros((1, 1, 1, keys), bool)
+            mask[..., list(treatment.columns)] = True
+            name = f"columns{'_'.join(map(str, treatment.columns))}of{keys}"
+            flagged = self.constants.add(name, mask)
+        else:
+            flagged = self.computed_columns(f, treatment, whole)
+        if self.options.toggle or self.options.telemetry:
+            enabled = ENABLED if self.options.toggle else self.constants.add("true", np.array(True))
+            flagged = f.op("And", flagged, enabled, name="flagged")
+        return flagged
+
+    def computed_columns(self, f: Fragment, treatment: Treatment, whole: str) -> str:
+        """The mask where the number of columns is known only at run time."""
+        if f.opset < 11 and min(treatment.columns) < 0:
+            raise InputError(
+                "--columns counts from the end only from opset 11 on: give columns from the start"
+            )
+        shape = f.op("Shape", whole, name="map_shape")
+        keys = f.slice(shape, 3, 4, 0, "map_keys")
+        hot = self.constants.add("off_on", np.array([0, 1], np.float32))
+        rows = f.op("OneHot", f.ints(*treatment.columns), keys, hot, name="column_rows")
+        row = f.axes_op("ReduceMax", rows, [0], "column_row", keepdims=1)
+        mask = f.axes_op("Unsqueeze", row, [0, 1], "column_mask")
+        return f.cast(mask, TensorProto.BOOL, "columns")
+
+
+def view_4d(f: Fragment, site: Site, heads: int | None) -> str:
+    """The probabilities as `[B, H, Q, K]`: leading axes but the heads are samples.
+
+    A 3-D map `[B*H, Q, K]` needs the number of heads; where nobody knows it, every head is taken
+    for a sample of its own.
+    """
+    value = site.probabilities
+    if site.rank == 4:
+        return value
+    if site.rank == 2:
+        return f.axes_op("Unsqueeze", value, [0, 1], "map")
+    known = heads or site.facts.heads or 1
+    if site.rank == 3 and known == 1:
+        return f.axes_op("Unsqueeze", value, [1], "map")
+    shape = f.op("Shape", value, name="shape")
+    if site.rank == 3:
+        tail = f.slice(shape, 1, 3, 0, "queries_keys")
+        target = f.op("Concat", f.ints(-1, known), tail, name="map_shape", axis=0)
+    else:
+        tail = f.slice(shape, 2, 5, 0, "heads_queries_keys")
+        target = f.op("Concat", f.ints(-1), tail, name="map_shape", axis=0)
+    return f.op("Reshape", value, target, name="map")

@@ -1,0 +1,167 @@
+"""Fitting: features are what NumPy says, statistics are streamed, the budget holds on unseen
+inputs, and an over-attended column is found without having been seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+from hosts import attention, edited, model_file, random_feeds, run
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+import atpatch_onnx
+from atpatch_onnx.errors import InputError
+from atpatch_onnx.model_file import ModelFile
+from atpatch_onnx.passes.features import FIRST, FLOOR, HIDDEN, INTERIOR, LAST, SECOND
+from atpatch_onnx.passes.graph_view import GraphView
+from atpatch_onnx.passes.locate import locate
+from atpatch_onnx.passes.probe import Probe
+from atpatch_onnx.statistics import calibrate
+
+KEYS = 8
+
+
+def host(fixed: bool, opset: int = 17) -> ModelProto:
+    """One site over 8 tokens of width 4, `[N, L, 4]` -> logits; the mask hides padding."""
+    length = KEYS if fixed else "L"
+    axes = "<axes = [1]> (mask)" if opset < 13 else "(mask, one)"
+    axis = 2 if opset < 13 else -1
+    return onnx.parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["" : {opset}]>
+        host (float[N, {length}, 4] x, float[N, {length}] mask) => (float[N, {length}, 4] y)
+        <float[4, 4] w = {{1,0,0,0, 0,1,0,0, 0,0,1,0, 0,0,0,1}}, int64[1] one = {{1}}>
+        {{
+            q = MatMul (x, w)
+            k = Transpose <perm = [0, 2, 1]> (x)
+            s = MatMul (q, k)
+            bias = Unsqueeze {axes}
+            t = Add (s, bias)
+            p = Softmax <axis = {axis}> (t)
+            y = MatMul (p, x)
+        }}
+    """)
+
+
+def clean(count: int, seed: int, length: int = KEYS, padded: bool = False) -> dict[str, NDArray]:  # type: ignore[type-arg]
+    rng = np.random.default_rng(seed)
+    x = 0.7 * rng.standard_normal((count, length, 4), np.float32)
+    mask = np.zeros((count, length), np.float32)
+    if padded:
+        for row, real in enumerate(rng.integers(4, length + 1, count)):
+            mask[row, real:] = -np.inf
+    return {"x": x, "mask": mask}
+
+
+def save(folder: Path, model: ModelProto, data: dict[str, NDArray]) -> tuple[Path, Path]:  # type: ignore[type-arg]
+    onnx.save(model, folder / "host.onnx")
+    np.savez(folder / "clean.npz", **data)
+    return folder / "host.onnx", folder / "clean.npz"
+
+
+@pytest.mark.parametrize("opset", [9, 11, 13, 18])
+def test_features_are_what_numpy_says(opset: int) -> None:
+    file = model_file(attention(opset))
+    sites = locate(file.skeleton).sites
+    edits, features, maps = Probe(maps=True)(GraphView.of(file.skeleton), sites)
+    values = run(edited(file, tuple(edits)), random_feeds(batch=3))
+    for site in sites:
+        found, p = features[site.name], values[maps[site.name]]
+        columns = p.mean(axis=2)
+        np.testing.assert_allclose(values[found.columns], columns, atol=1e-6)
+        seen = columns.mean(axis=1) > 0
+        count = seen.sum(axis=1)[:, None, None]
+        rows = [columns.mean(1), columns.max(1), p[:, :, 0].mean(1), p[:, :, -1].mean(1)]
+        wanted = np.log(np.maximum(np.stack(rows, 1) * count, FLOOR))
+        np.testing.assert_allclose(values[found.features], wanted, atol=1e-4)
+        assert values[found.bucket][0].tolist() == [FIRST, SECOND, *[INTERIOR] * 3, LAST]
+        assert values[found.bucket][2].tolist() == [FIRST, SECOND, INTERIOR, LAST, HIDDEN, HIDDEN]
+
+
+@pytest.mark.parametrize(
+    ("fixed", "padded", "opset"),
+    [(True, False, 17), (False, False, 17), (False, True, 11), (True, True, 9)],
+)
+def test_the_budget_holds_on_unseen_inputs_and_a_trigger_is_found(
+    fixed: bool, padded: bool, opset: int, tmp_path: Path
+) -> None:
+    model, data = save(tmp_path, host(fixed, opset), clean(4000, 0, padded=padded))
+    report = atpatch_onnx.fit(model, data, tmp_path / "det.onnx", fpr=0.05)
+    record = json.loads(ModelFile.open(report.output).metadata("atpatch.training") or "")
+    assert record["positions"] == ("absolute" if fixed and not padded else "buckets")
+    assert report.calibration.honoured
+    patched = atpatch_onnx.patch(model, report.output, redistribute="benign").output
+    unseen = clean(2000, 1, padded=padded)
+    bad = {name: array[:200].copy() for name, array in unseen.items()}
+    bad["x"][:, 2] *= 14  # every query that points the same way looks at this token alone
+    flagged = {}
+    for name, arrays in (("unseen", unseen), ("bad", bad)):
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        flagged[name] = atpatch_onnx.diff(model, patched, tmp_path / f"{name}.npz")
+        assert flagged[name].identity is True
+    # 1,200 held-out and 2,000 unseen inputs: 2.5 points are three standard deviations.
+    assert flagged["unseen"].flagged_inputs / 2000 < 0.075
+    assert flagged["bad"].flagged_inputs / 200 > 0.9
+    assert max(flagged["bad"].sites[0].columns.items(), key=lambda item: item[1])[0] == 2
+
+
+def test_the_threshold_is_a_conformal_quantile() -> None:
+    rng = np.random.default_rng(0)
+    flagged = []
+    for _ in range(300):
+        held_out, unseen = rng.random(199), rng.random(1000)
+        flagged.append((unseen > calibrate(held_out, 0.05, 0).threshold).mean())
+    assert abs(np.mean(flagged) - 0.05) < 0.005
+
+
+def test_too_few_inputs_are_said_not_hidden(tmp_path: Path) -> None:
+    model, data = save(tmp_path, host(True), clean(60, 0))
+    report = atpatch_onnx.fit(model, data, tmp_path / "det.onnx", fpr=0.01)
+    assert not report.calibration.honoured
+    assert report.calibration.expected_fpr > 0.01
+    np.savez(data, **clean(10, 0))
+    with pytest.raises(InputError, match="at least 20"):
+        atpatch_onnx.fit(model, data, tmp_path / "other.onnx")
+    assert not (tmp_path / "other.onnx").exists()
+
+
+def test_batch_size_and_padding_of_batches_do_not_change_the_detector(tmp_path: Path) -> None:
+    model, data = save(tmp_path, host(True), clean(100, 0))
+    one = atpatch_onnx.fit(model, data, tmp_path / "a.onnx", batch=7)
+    two = atpatch_onnx.fit(model, data, tmp_path / "b.onnx", batch=64)
+    assert one.calibration.threshold == pytest.approx(two.calibration.threshold, rel=1e-5)
+    fixed = host(True)
+    fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 16
+    fixed.graph.input[1].type.tensor_type.shape.dim[0].dim_value = 16
+    fixed.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 16
+    onnx.save(fixed, model)
+    three = atpatch_onnx.fit(model, data, tmp_path / "c.onnx")
+    assert one.calibration.threshold == pytest.approx(three.calibration.threshold, rel=1e-5)
+
+
+def test_sites_of_different_sizes_share_one_detector(tmp_path: Path) -> None:
+    """Two sites, of 2 heads over 6 keys and of 1 head over 4."""
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        host (float[N, 2, 6, 4] q, float[N, 2, 4, 6] k, float[N, 1, 4, 4] r)
+            => (float[N, 2, 6, 4] y, float[N, 1, 4, 4] z)
+        {
+            s = MatMul (q, k)
+            p = Softmax <axis = -1> (s)
+            y = MatMul (p, q)
+            t = MatMul (r, r)
+            u = Softmax <axis = -1> (t)
+            z = MatMul (u, r)
+        }
+    """)
+    rng = np.random.default_rng(0)
+    shapes = {"q": (2, 6, 4), "k": (2, 4, 6), "r": (1, 4, 4)}
+    data = {name: rng.standard_normal((200, *shape), np.float32) for name, shape in shapes.items()}
+    path, arrays = save(tmp_path, model, data)
+    report = atpatch_onnx.fit(path, arrays, tmp_path / "det.onnx", fpr=0.05)
+    patched = atpatch_onnx.patch(path, report.output, telemetry=True).output
+    assert atpatch_onnx.diff(path, patched, arrays).identity is True
