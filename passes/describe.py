@@ -89,15 +89,23 @@ def _heads(
 
 
 def _split_heads(view: GraphView, reshape: NodeProto, rank: int) -> int | None:
-    """The heads that a Reshape makes of the model width, `[.., E] -> [.., H, D]` or `[.., D]`."""
+    """The heads that a Reshape makes of the model width: `[.., E] -> [.., H, D]`, or `[.., D]`.
+
+    Maps `[B*H, Q, K]` are regrouped by this number, so that for them it must be certain: the width
+    is known, and is the heads (maybe of Q, K and V together) times the size of one.
+    """
     target = _shape_parts(view, reshape.input[1])
-    if rank == 4 and len(target) >= 4 and (target[-2] or 0) > 0:
-        return target[-2]
-    source = view.shape(reshape.input[0])
-    width, size = (source or (None,))[-1], target[-1] if target else None
-    if isinstance(width, int) and size and size > 0 and width > size and width % size == 0:
+    split = target[-2] or 0 if len(target) >= 4 else 0
+    if rank == 4 and split > 0:
+        return split
+    width, size = (view.shape(reshape.input[0]) or (None,))[-1], target[-1] if target else None
+    if not isinstance(width, int) or not size or not 0 < size < width or width % size:
+        return None
+    if len(target) == 3 or (len(target) == 4 and split <= 0):
         return width // size
-    return None
+    if len(target) == 5 and split <= 0 and 3 in target:  # Q, K and V together
+        return width // size // 3
+    return split if split > 0 and width // size in (split, 3 * split) else None
 
 
 def _shape_parts(view: GraphView, value: str) -> list[int | None]:

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto
 
 from ..edits import AddInitializer, Edit
-from .graph_view import Dim
 
 _AXES_AS_INPUT = {
     "ReduceSum": 13,
@@ -101,10 +100,14 @@ class Fragment:
         """A fragment for a branch of an `If`; it sees the values of this one."""
         return Fragment(f"{self.prefix}/{name}", self.opset, self.constants)
 
-    def subgraph(self, output: str, elem_type: int, shape: Sequence[Dim] | None) -> gs.Graph:
-        """This fragment as a graph attribute with one output."""
+    def subgraph(self, output: str, elem_type: int) -> gs.Graph:
+        """This fragment as a graph attribute with one output, of a shape for the host to infer.
+
+        A declared shape would tell the runtime more than the original does, which then fuses what
+        it leaves alone in the original, and computes other bits.
+        """
         value = self.constants.value(output)
-        value.dtype, value.shape = elem_type, None if shape is None else list(shape)
+        value.dtype = elem_type
         self._graph.outputs = [value]
         return self._graph
 

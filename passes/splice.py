@@ -179,7 +179,6 @@ class Splicing:
         benign: str | None,
     ) -> str:
         """The new probabilities in the host's rank, computed as the strategy says."""
-        shape = site.facts.shape
         ones = f.cast(flagged, TensorProto.FLOAT, "flagged_ones")
         largest = f.axes_op("ReduceMax", ones, [1, 2, 3], "sample_flagged_ones", keepdims=1)
         sample = f.cast(largest, TensorProto.BOOL, "sample_flagged")
@@ -203,8 +202,8 @@ class Splicing:
             "If",
             f.cast(batch, TensorProto.BOOL, "any_flagged"),
             name="guarded_probabilities",
-            then_branch=then.subgraph(new, site.elem_type, shape),
-            else_branch=other.subgraph(same, site.elem_type, shape),
+            then_branch=then.subgraph(new, site.elem_type),
+            else_branch=other.subgraph(same, site.elem_type),
         )
 
     def strategy(self, site: Site) -> Strategy:

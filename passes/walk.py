@@ -138,7 +138,7 @@ def find_contexts(view: GraphView, start: str) -> Iterator[list[Step]]:
 
 
 def downstream(view: GraphView, start: str, limit: int = 64) -> Iterator[NodeProto]:
-    """The nodes that read the probabilities `start`, directly or through nodes that pass them on."""
+    """The nodes that read the probabilities `start`, directly or through passing nodes."""
     queue, seen = [start], {start}
     for value in queue:
         if len(seen) > limit:

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from hosts import attention, random_feeds
 
 import atpatch_onnx
 from atpatch_onnx import cli
 
+from hosts import attention, random_feeds
 
-@pytest.fixture()
+
+@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     onnx.save(attention(17), tmp_path / "model.onnx")
     many = [random_feeds(seed=seed) for seed in range(30)]
@@ -28,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture()
+@pytest.fixture
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Run a command in `folder`; returns its exit code and what it printed."""
     monkeypatch.chdir(folder)
@@ -137,13 +138,17 @@ def test_a_check_that_fails_exits_with_1(run: Any, folder: Path) -> None:
 
 
 def test_an_input_that_moved_though_nothing_was_flagged_fails_the_diff(
-    run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The check is on the numbers themselves: a reader that sees no flags makes it fail."""
     from atpatch_onnx.diffing import FlagReader
 
     run("patch", "model.onnx", "--columns", "1")
-    monkeypatch.setattr(FlagReader, "read", lambda self, feeds, real: np.zeros(real, bool))
+
+    def blind(_reader: FlagReader, _feeds: Any, real: int) -> Any:
+        return np.zeros(real, bool)
+
+    monkeypatch.setattr(FlagReader, "read", blind)
     assert run("diff", "model.onnx", "model.patched.onnx", "--inputs", "clean.npz")[0] == 1
 
 

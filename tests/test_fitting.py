@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
-from hosts import attention, edited, model_file, random_feeds, run
 from numpy.typing import NDArray
 from onnx import ModelProto
 
@@ -22,6 +21,8 @@ from atpatch_onnx.passes.graph_view import GraphView
 from atpatch_onnx.passes.locate import locate
 from atpatch_onnx.passes.probe import Probe
 from atpatch_onnx.statistics import calibrate
+
+from hosts import attention, edited, model_file, random_feeds, run
 
 KEYS = 8
 
@@ -50,6 +51,7 @@ def host(fixed: bool, opset: int = 17) -> ModelProto:
 def clean(count: int, seed: int, length: int = KEYS, padded: bool = False) -> dict[str, NDArray]:  # type: ignore[type-arg]
     rng = np.random.default_rng(seed)
     x = 0.7 * rng.standard_normal((count, length, 4), np.float32)
+    x[..., 0] += 1  # what all tokens share, and a trigger can appeal to
     mask = np.zeros((count, length), np.float32)
     if padded:
         for row, real in enumerate(rng.integers(4, length + 1, count)):
@@ -97,7 +99,7 @@ def test_the_budget_holds_on_unseen_inputs_and_a_trigger_is_found(
     patched = atpatch_onnx.patch(model, report.output, redistribute="benign").output
     unseen = clean(2000, 1, padded=padded)
     bad = {name: array[:200].copy() for name, array in unseen.items()}
-    bad["x"][:, 2] *= 14  # every query that points the same way looks at this token alone
+    bad["x"][:, 2, 0] = 6
     flagged = {}
     for name, arrays in (("unseen", unseen), ("bad", bad)):
         np.savez(tmp_path / f"{name}.npz", **arrays)

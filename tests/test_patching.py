@@ -9,7 +9,6 @@ from collections.abc import Callable
 import onnx
 import onnx.helper
 import pytest
-from hosts import assert_patch, attention, edited, model_file
 from onnx import ModelProto, TensorProto
 
 from atpatch_onnx.edits import (
@@ -26,6 +25,8 @@ from atpatch_onnx.model_file import ModelFile
 from atpatch_onnx.patch_file import load_patch, save_patch
 from atpatch_onnx.patching import Patch, apply, revert
 from atpatch_onnx.wire import Replacement, delimited, fields, replaced, varint
+
+from hosts import assert_patch, attention, edited, model_file
 
 
 def identity(before: int, source: str, name: str) -> tuple[Edit, ...]:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from hosts import assert_patch, spliced
 
 from atpatch_onnx.errors import InputError
 from atpatch_onnx.model_file import ModelFile
@@ -17,6 +16,8 @@ from atpatch_onnx.passes.redistribute import Redistribution
 from atpatch_onnx.passes.splice import Splice, Treatment
 from atpatch_onnx.patching import revert
 from atpatch_onnx.runtime import Arrays, Session
+
+from hosts import assert_patch, spliced
 
 
 def rows(zoo: Path) -> list[dict[str, str]]:

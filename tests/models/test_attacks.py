@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from atpatch_onnx.models.attacks import BadNets
 from atpatch_onnx.models.vision_transformer import VisionTransformerConfig
-from numpy.typing import NDArray
 
 ATTACK = BadNets(size=2, row=5, column=1, value=1.0, target=3)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from atpatch_onnx.models.digits import CLEAN, TEST, LabelledImages, load_digits
 
 

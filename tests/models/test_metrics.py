@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from atpatch_onnx.models.metrics import accuracy, attack_success_rate, recovered_accuracy
 from numpy.typing import NDArray
+
+from atpatch_onnx.models.metrics import accuracy, attack_success_rate, recovered_accuracy
 
 
 def logits_for(answers: list[int]) -> NDArray[np.float32]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+
 from atpatch_onnx.models.metrics import accuracy, attack_success_rate, recovered_accuracy
 from atpatch_onnx.models.victims import (
     DIGITS_ATTACK,
@@ -14,7 +16,6 @@ from atpatch_onnx.models.victims import (
     train_victim,
 )
 from atpatch_onnx.models.vision_transformer import VisionTransformer, VisionTransformerConfig
-from numpy.typing import NDArray
 
 TINY = VisionTransformerConfig(dim=8, depth=1, heads=2, patch_dropout=0.2)
 ONE_EPOCH = Training(epochs=1)

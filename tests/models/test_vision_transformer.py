@@ -9,6 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+
 from atpatch_onnx.models.export import export_onnx
 from atpatch_onnx.models.victims import predict
 from atpatch_onnx.models.vision_transformer import VisionTransformer, VisionTransformerConfig

@@ -1,4 +1,4 @@
-"""Every unfused form is a site; what only looks like one is not; what cannot be patched is named."""
+"""Every unfused form is a site, what only looks like one is not, what is refused is named."""
 
 from __future__ import annotations
 

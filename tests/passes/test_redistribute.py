@@ -8,7 +8,6 @@ from itertools import product
 import numpy as np
 import onnx
 import pytest
-from hosts import TYPES, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -17,6 +16,8 @@ from onnx import TensorProto, helper
 from atpatch_onnx.passes.fragment import Constants, Fragment
 from atpatch_onnx.passes.redistribute import Redistribution, redistribute
 from atpatch_onnx.runtime import Session
+
+from hosts import TYPES, reference
 
 ELEM = {"float": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "double": TensorProto.DOUBLE}
 Array = NDArray[np.floating]

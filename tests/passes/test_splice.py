@@ -9,6 +9,17 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from onnx import ModelProto, TensorProto
+
+from atpatch_onnx.detector import Detector, load_detector
+from atpatch_onnx.errors import InputError
+from atpatch_onnx.passes.graph_view import GraphView
+from atpatch_onnx.passes.locate import locate
+from atpatch_onnx.passes.outcome import Patched, Skipped
+from atpatch_onnx.passes.probe import add_output
+from atpatch_onnx.passes.redistribute import Redistribution
+from atpatch_onnx.passes.splice import Splice, Strategy, Treatment
+
 from hosts import (
     COLUMN_MEAN,
     COLUMN_MEAN_18,
@@ -22,16 +33,6 @@ from hosts import (
     run,
     spliced,
 )
-from onnx import ModelProto, TensorProto
-
-from atpatch_onnx.detector import Detector, load_detector
-from atpatch_onnx.errors import InputError
-from atpatch_onnx.passes.graph_view import GraphView
-from atpatch_onnx.passes.locate import locate
-from atpatch_onnx.passes.outcome import Patched, Skipped
-from atpatch_onnx.passes.probe import add_output
-from atpatch_onnx.passes.redistribute import Redistribution
-from atpatch_onnx.passes.splice import Splice, Strategy, Treatment
 
 
 def load(model: ModelProto, tmp_path: Path, opset: int = 17) -> Detector:
@@ -278,7 +279,7 @@ def test_other_ranks_are_viewed_as_four(
 
 
 def test_bfloat16_hosts_pass_the_checker_at_any_opset() -> None:
-    """No CPU kernel multiplies bfloat16, so that types and structure are all that can be checked."""
+    """No CPU kernel multiplies bfloat16: types and structure are all that can be checked."""
     for opset in (13, 17, 18):
         host = model_file(attention(opset, "bfloat16"))
         for strategy in Strategy:
