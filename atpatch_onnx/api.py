@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .certificate import Certificate, Check, certify
 from .certificate import verify as verify_files
-from .detector import Detector, load_detector
+from .detector import Detector, check_threshold, load_detector
 from .edits import AddMetadata
-from .errors import InputError, RefusedError
-from .external_data import check_beside, check_layout, external_tensors
+from .errors import CheckError, InputError, RefusedError
+from .external_data import check_beside, check_layout, external_files, external_tensors
 from .files import Staging, check_output, write_file
 from .model_file import ModelFile
 from .passes.graph_view import GraphView
-from .passes.locate import Site, Sites, locate
+from .passes.locate import Other, Site, Sites, locate
 from .passes.outcome import Outcome, PassResult, Patched
 from .passes.redistribute import Redistribution
 from .passes.splice import Splice, Strategy, Treatment
@@ -68,7 +68,7 @@ def inspect(model: PathLike, plan: PathLike | None = None, *, force: bool = Fals
         file.path, file.sha256(), GraphView.of(file.skeleton).opset, len(file.nodes), sites
     )
     if plan is not None:
-        check_output(Path(plan), [file.path], force=force)
+        check_output(Path(plan), [file.path, *external_files(file)], force=force)
         write_file(Path(plan), write_plan(sites, file.path, found.sha256).encode())
     return found
 
@@ -79,10 +79,11 @@ class PatchReport:
 
     output: Path
     certificate: Path | None
-    outcomes: tuple[Outcome, ...]
-    refused: tuple[Any, ...]
-    sha256: str
-    added_bytes: int
+    outcomes: tuple[Outcome, ...] = ()
+    refused: tuple[Other, ...] = ()
+    warnings: tuple[str, ...] = ()
+    sha256: str = ""
+    added_bytes: int = 0
 
 
 def patch(
@@ -117,6 +118,8 @@ def patch(
     digests: read and hash external weights for the certificate.
     Raises: InputError, RefusedError. Nothing is written then.
     """
+    if patch_only is not None and output is not None:
+        raise InputError("-o and --patch-only exclude each other: give one of them")
     file = ModelFile.open(model)
     check_layout(file)
     sha256 = file.sha256()
@@ -125,24 +128,31 @@ def patch(
     plans = read_plan(Path(plan), sha256) if plan is not None else []
     view = GraphView.of(file.skeleton)
     treatments = _treatments(view, found, sites, plans, options, Path(plan or "."))
+    detectors = {t.detector.sha256: t.detector for t in treatments.values() if t.detector}
+    _check_bindings(bind or {}, detectors.values())
     splice = Splice(treatments, _strategy(strategy, ep), telemetry, toggle, bind or {})
     result = splice(view, found.sites)
     if not result.patched:
         raise RefusedError(_nothing_patched(file, found, result))
-    detectors = {t.detector.sha256: t.detector for t in treatments.values() if t.detector}
     for one in detectors.values():
         rehearse(
             one,
             [s for s in found.sites if s.name in treatments and treatments[s.name].detector is one],
         )
     edits = Patch(sha256, (*result.edits, AddMetadata(_free_key(file), _sites_record(result))))
+    rewritten = apply_edits(file, edits, sha256)
+    sources = [d.path for d in detectors.values()] + ([Path(plan)] if plan else [])
+    said = replace(
+        PatchReport(Path(), None, result.outcomes, found.refused),
+        warnings=tuple(_warnings(file, sha256, detectors.values())),
+    )
     if patch_only is not None:
         target = Path(patch_only)
-        check_output(target, [file.path], force=force, ours=target.suffix == ".atpatch")
+        protected = [file.path, *external_files(file), *sources]
+        check_output(target, protected, force=force, ours=_is_patch_for(target, sha256))
         content = save_patch(edits, file)
-        apply_edits(file, edits, sha256)
         write_file(target, content)
-        return PatchReport(target, None, result.outcomes, found.refused, "", len(content))
+        return replace(said, output=target, added_bytes=len(content))
     about = {
         "sites": [asdict(outcome) for outcome in result.patched],
         "detectors": [
@@ -151,10 +161,8 @@ def patch(
         ],
     }
     target = Path(output) if output is not None else file.path.with_suffix(".patched.onnx")
-    sources = [file.path] + ([Path(detector)] if detector else []) + ([Path(plan)] if plan else [])
-    rewritten = apply_edits(file, edits, sha256)
     written = _write(file, rewritten, target, sources, about, sha256, digests, force, progress)
-    return replace(written, outcomes=result.outcomes, refused=found.refused)
+    return replace(written, outcomes=said.outcomes, refused=said.refused, warnings=said.warnings)
 
 
 def apply(
@@ -176,7 +184,7 @@ def apply(
         file,
         rewritten,
         Path(output),
-        [file.path, Path(patch_file)],
+        [Path(patch_file)],
         about,
         sha256,
         digests,
@@ -197,8 +205,8 @@ def revert(model: PathLike, *, output: PathLike, force: bool = False) -> Path:
         restored = revert_file(inner)
     target = Path(output)
     check_beside(file, target)
-    ours = target.is_file() and ModelFile.open(target).sha256() == restored.sha256()
-    check_output(target, [file.path], force=force, ours=ours)
+    ours = _opened(target, lambda there: there.sha256() == restored.sha256())
+    check_output(target, [file.path, *external_files(file)], force=force, ours=ours)
     with Staging() as staging:
         staging.add(target, restored.chunks())
     return target
@@ -223,8 +231,13 @@ def verify(
     if certificate is not None or path.exists():
         try:
             claimed = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot read the certificate {path}: {error}") from None
+        except (OSError, ValueError):
+            claimed = None
+        if not isinstance(claimed, dict):
+            raise InputError(
+                f"{path} is not a readable certificate: give the one that patch wrote, with "
+                "--certificate"
+            )
     return verify_files(base, result, claimed, _hashing(base, digests, progress))
 
 
@@ -234,13 +247,21 @@ def certificate_path(patched: Path) -> Path:
 
 
 def patched_sites(model: ModelFile) -> list[dict[str, Any]]:
-    """The patched sites that a patched model names: site, flagged value, redistribution, ..."""
-    return [
-        entry
-        for prop in model.skeleton.metadata_props
-        if prop.key == SITES_KEY or prop.key.startswith(f"{SITES_KEY}.")
-        for entry in json.loads(prop.value)
-    ]
+    """The patched sites that a patched model names: site, flagged value, redistribution, ...
+
+    Raises: CheckError if that list was altered.
+    """
+    keys = (SITES_KEY, f"{SITES_KEY}.")
+    held = [p.value for p in model.skeleton.metadata_props if p.key.startswith(keys)]
+    try:
+        entries = [entry for value in held for entry in json.loads(value)]
+        if all(isinstance(e["site"], str) and isinstance(e["flagged"], str) for e in entries):
+            return entries
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise CheckError(
+        f"the list of patched sites in {model.path} was altered: take a fresh copy of the file"
+    )
 
 
 def _strategy(wanted: str | None, ep: str | None) -> Strategy:
@@ -273,6 +294,10 @@ def _treatments(
 ) -> dict[str, Treatment]:
     if options.detector and options.columns:
         raise InputError("--detector and --columns exclude each other: give one of them")
+    if options.columns and options.threshold is not None:
+        raise InputError("--threshold is for detectors: --columns are always flagged")
+    if options.threshold is not None:
+        check_threshold(options.threshold)
     detectors: dict[Path, Detector] = {}
     by_name = {entry.name: entry for entry in plans}
     unknown = set(by_name) - {site.name for site in found.sites}
@@ -321,6 +346,9 @@ def _treatment(
             "--columns choose prune or uniform"
         )
     threshold = entry.threshold if entry.threshold is not None else options.threshold
+    if threshold is not None:
+        check_threshold(threshold)
+    _check_columns(columns)
     return Treatment(mode, detector, columns, threshold, entry.heads)
 
 
@@ -373,9 +401,10 @@ def _write(
     """Write the patched model and its certificate, together."""
     check_beside(file, target)
     certificate = certificate_path(target)
-    ours = target.is_file() and _is_patched(target)
-    check_output(target, sources, force=force, ours=ours)
-    check_output(certificate, sources, force=force, ours=ours)
+    protected = [file.path, *external_files(file), *sources]
+    ours = _opened(target, lambda there: _patched_from(there) == sha256)
+    check_output(target, protected, force=force, ours=ours)
+    check_output(certificate, protected, force=force, ours=ours)
     with Staging() as staging:
         staged = staging.add(target, rewritten.chunks())
         result = replace(ModelFile.open(staged), path=target)
@@ -386,8 +415,49 @@ def _write(
     return PatchReport(target, certificate, (), (), proof.result.sha256, rewritten.size - file.size)
 
 
-def _is_patched(path: Path) -> bool:
+def _opened(path: Path, holds: Callable[[ModelFile], bool]) -> bool:
+    """Whether there is a model at `path` of which something holds."""
     try:
-        return bool(record_keys(ModelFile.open(path)))
-    except InputError:
+        return path.is_file() and holds(ModelFile.open(path))
+    except (InputError, OSError):
         return False
+
+
+def _patched_from(model: ModelFile) -> str | None:
+    """The digest of what a patched model was made from, as it says itself."""
+    keys = record_keys(model)
+    try:
+        return json.loads(model.metadata(keys[-1]) or "")["base_sha256"] if keys else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_patch_for(path: Path, sha256: str) -> bool:
+    try:
+        return path.is_file() and load_patch(path).base_sha256 == sha256
+    except (InputError, OSError):
+        return False
+
+
+def _check_bindings(bindings: Mapping[str, str], detectors: Iterable[Detector]) -> None:
+    known = {name for detector in detectors for name in detector.extra_inputs}
+    unknown = sorted(set(bindings) - known)
+    if unknown:
+        listed = ", ".join(sorted(known)) or "none besides attention and layer"
+        raise InputError(
+            f"--bind {unknown[0]}=...: no detector has such an input (found: {listed})"
+        )
+
+
+def _check_columns(columns: Sequence[int]) -> None:
+    if any(abs(column) >= 2**31 for column in columns):
+        raise InputError(f"--columns {max(columns, key=abs)}: no map has so many columns")
+
+
+def _warnings(file: ModelFile, sha256: str, detectors: Iterable[Detector]) -> Iterator[str]:
+    for detector in detectors:
+        if detector.host_sha256 not in (None, sha256):
+            yield (
+                f"{detector.path} was fitted for another model than {file.path}: its statistics "
+                "and threshold may not hold here; fit it again"
+            )

@@ -14,7 +14,9 @@ import numpy as np
 
 from .api import SILENT, PathLike, Progress
 from .data import load_samples
-from .errors import InputError
+from .errors import InputError, at_least
+from .external_data import check_layout
+from .model_file import ModelFile
 from .runtime import Arrays, InputSpec, Session, choose_provider, onnxruntime
 
 PAUSE_S = 0.02
@@ -61,8 +63,16 @@ def bench(
     and `length` for every other free dimension.
     threads: for ONNX Runtime; 0: its own choice.
     """
-    if runs < 1:
-        raise InputError("--runs: give at least one run")
+    for least, value, option in (
+        (1, runs, "--runs"),
+        (0, warmup, "--warmup"),
+        (1, batch, "--batch"),
+        (1, length, "--length"),
+        (0, threads, "--threads"),
+    ):
+        at_least(least, value, option)
+    for path in (model, patched):
+        check_layout(ModelFile.open(path))
     provider = choose_provider(ep)
     pair = [Session(Path(path), provider, threads=threads) for path in (model, patched)]
     if inputs is not None:

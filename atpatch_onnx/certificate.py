@@ -160,7 +160,7 @@ class _Model:
         if b.number == MODEL_METADATA:
             entry = StringStringEntryProto.FromString(_content(result, b))
             self.difference.inserted_metadata.append(entry.key)
-            return bool(entry.key.startswith("atpatch."))
+            return isinstance(entry.key, str) and entry.key.startswith("atpatch.")
         if b.number == MODEL_OPSET:
             opset = OperatorSetIdProto.FromString(_content(result, b))
             self.difference.inserted_opsets.append(f"{opset.domain}={opset.version}")
@@ -201,7 +201,9 @@ class _Graph:
         entry = parse(_content(result, b))
         getattr(self.difference, name).append(entry.name)
         made = entry.output if isinstance(entry, NodeProto) else [entry.name]
-        return all(value.startswith(PREFIX) for value in made)
+        # Protobuf gives names that are not UTF-8 as bytes.
+        names = [entry.name, *made]
+        return all(isinstance(n, str) for n in names) and all(v.startswith(PREFIX) for v in made)
 
 
 def _walk(
@@ -211,7 +213,7 @@ def _walk(
     position = 0
     for a in old:
         while position < len(new) and not rules.same(base, a, result, new[position]):
-            _inserted(result, new[position], rules)
+            _inserted(base, result, new[position], rules)
             position += 1
         if position == len(new):
             raise CheckError(
@@ -220,14 +222,14 @@ def _walk(
             )
         position += 1
     for b in new[position:]:
-        _inserted(result, b, rules)
+        _inserted(base, result, b, rules)
 
 
-def _inserted(result: ModelFile, b: Field, rules: _Model | _Graph) -> None:
+def _inserted(base: ModelFile, result: ModelFile, b: Field, rules: _Model | _Graph) -> None:
     if not rules.insert(result, b):
         raise CheckError(
-            f"{result.path} has something at byte {b.start} that is neither in the original nor "
-            "named as a patch names its parts: it was altered, take a fresh copy"
+            f"{result.path} is not {base.path} with a patch: at byte {b.start} it has "
+            "something that is neither in the original nor named as a patch names its parts"
         )
 
 
@@ -241,7 +243,8 @@ def _rewired(index: int, old: bytes, new: bytes) -> list[RewiredSlot] | None:
         for slot, (before, after) in enumerate(zip(a.input, b.input, strict=True))
         if before != after
     ]
-    if not slots or not all(slot.new.startswith(PREFIX) for slot in slots):
+    ours = all(isinstance(slot.new, str) and slot.new.startswith(PREFIX) for slot in slots)
+    if not slots or not ours:
         return None
     b.input[:] = a.input
     return slots if a.SerializeToString() == b.SerializeToString() else None
@@ -312,6 +315,7 @@ def _check_revert(base: ModelFile, result: ModelFile) -> str:
 def _check_certificate(claimed: dict[str, Any], found: list[Certificate]) -> str:
     if not found:
         raise CheckError("the certificate cannot be compared: the files do not match at all")
+    _check_form(claimed)
     actual = found[0].as_dict()
     for side in ("base", "result"):
         if claimed.get(side, {}).get("sha256") != actual[side]["sha256"]:
@@ -334,3 +338,14 @@ def _check_certificate(claimed: dict[str, Any], found: list[Certificate]) -> str
         raise CheckError("the certificate lists another number of tensors")
     note = f"; {len(unread)} external tensors compared by reference only" if unread else ""
     return f"all digests agree ({len(hashed)} tensors by content{note})"
+
+
+def _check_form(claimed: dict[str, Any]) -> None:
+    """Raises: CheckError if a certificate lacks what is compared."""
+    sides = all(isinstance(claimed.get(side), dict) for side in ("base", "result"))
+    tensors = claimed.get("initializers")
+    listed = isinstance(tensors, list) and all(
+        isinstance(tensor, dict) and "sha256" in tensor for tensor in tensors
+    )
+    if not sides or not listed:
+        raise CheckError("the certificate was altered: it lacks digests that every one has")

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -210,7 +210,7 @@ def diff(
         found = run(model, patched, inputs, ep=ep, batch=batch, progress=progress)
     _print(as_json, _plain(found), lambda: show.comparison(out, found))
     if found.identity is False:
-        raise CheckError("an input in which nothing was flagged has other outputs than before")
+        raise _ReportedError("an input in which nothing was flagged has other outputs than before")
 
 
 @app.command()
@@ -232,7 +232,7 @@ def verify(
     document = {"passed": passed, "checks": _plain(checks)}
     _print(as_json, document, lambda: show.verified(out, checks))
     if not passed:
-        raise CheckError(next(check.detail for check in checks if not check.passed))
+        raise _ReportedError(next(check.detail for check in checks if not check.passed))
 
 
 @app.command()
@@ -324,16 +324,35 @@ def _bindings(values: list[str] | None) -> dict[str, str]:
     return {name: target for name, _, target in pairs}
 
 
+class _ReportedError(CheckError):
+    """A check failed whose result has been printed already."""
+
+
 def main() -> None:
     """Run the command line; every error a user can cause is one sentence and an exit code."""
+    from typer._click.exceptions import ClickException
+
     try:
-        app(standalone_mode=True)
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except AtpatchError as error:
-        if "--json" in sys.argv and not isinstance(error, CheckError):
-            problem = {"error": {"kind": type(error).__name__, "message": str(error)}}
-            sys.stdout.write(json.dumps(problem, indent=1) + "\n")
-        err.print(f"[bold red]error:[/] {show.escaped(str(error))}", soft_wrap=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        err.print("interrupted; nothing was written")
+        _fail(error, error.exit_code)
+    except ClickException as error:  # usage: an unknown option, a missing argument, a wrong type
+        lines = " ".join(error.format_message().split())
+        _fail(InputError(lines or "see --help"), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        _say("interrupted; nothing was written")
         sys.exit(130)
+
+
+def _fail(error: AtpatchError, code: int) -> NoReturn:
+    if "--json" in sys.argv and not isinstance(error, _ReportedError):
+        problem = {"error": {"kind": type(error).__name__, "message": str(error)}}
+        sys.stdout.write(json.dumps(problem, indent=1) + "\n")
+    _say(f"error: {error}")
+    sys.exit(code)
+
+
+def _say(text: str) -> None:
+    """One line to the error stream, as it is: names in it are not markup."""
+    err.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)

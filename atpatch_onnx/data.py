@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,14 +61,17 @@ def load_arrays(path: str | Path) -> Arrays:
         if isinstance(loaded, np.ndarray):
             return {"": loaded}
         with loaded:
-            return {key: loaded[key] for key in loaded.files}
+            arrays = {key: loaded[key] for key in loaded.files}
     except FileNotFoundError:
         raise InputError(f"the data file {path} does not exist") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        arrays = {}
+    if not arrays or not all(isinstance(array, np.ndarray) for array in arrays.values()):
         raise InputError(
-            f"{path} is not a usable .npz or .npy file ({str(error)[:120]}): write it with "
+            f"{path} is not a usable .npz or .npy file: write it with "
             "numpy.savez(path, **{input_name: array})"
-        ) from None
+        )
+    return arrays
 
 
 def load_samples(path: str | Path, inputs: Sequence[InputSpec]) -> Samples:

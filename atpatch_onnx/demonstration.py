@@ -20,6 +20,15 @@ from .model_file import ModelFile
 from .runtime import Session, choose_provider
 
 FALSE_POSITIVE_BUDGET = 0.01
+MADE_BY = "atpatch-onnx demo"
+FILES = (
+    "model.onnx",
+    "det.onnx",
+    "fix.atpatch",
+    "model.patched.onnx",
+    "model.patched.certificate.json",
+)
+"""What the demo makes again, and so may delete in a folder of its own."""
 
 
 @dataclass(frozen=True)
@@ -154,13 +163,21 @@ def _own_folder(folder: Path) -> Path:
     marker = folder / "report.json"
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: give a folder with -o")
-    if folder.exists() and any(folder.iterdir()) and not marker.exists():
+    if folder.exists() and any(folder.iterdir()) and not _is_report(marker):
         raise InputError(f"{folder} holds other files: give an empty or new folder with -o")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("model.onnx", "det.onnx", "model.patched.onnx", "model.patched.certificate.json"):
+    for name in FILES:
         (folder / name).unlink(missing_ok=True)
-    marker.write_text("{}")
+    marker.write_text(json.dumps({"made_by": MADE_BY}))
     return folder
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a demo wrote this file, and so its folder."""
+    try:
+        return bool(json.loads(path.read_text())["made_by"] == MADE_BY)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _scores(
@@ -192,5 +209,5 @@ def _scores(
 
 
 def _json(report: DemoReport) -> dict[str, Any]:
-    held = asdict(report)
+    held = {"made_by": MADE_BY, **asdict(report)}
     return json.loads(json.dumps(held, default=str))  # type: ignore[no-any-return]

@@ -10,17 +10,19 @@ out  benign    (optional) float32 broadcastable to [B, H, Q, K]
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 import onnx.inliner
 import onnx.version_converter
-from onnx import ModelProto, TensorProto, ValueInfoProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from .errors import InputError, RefusedError
 from .external_data import check_layout
 from .model_file import ModelFile
+from .patching import subgraphs
 
 ABI_VERSION = "1"
 _SIGNATURE = "attention: float32 [B, H, Q, K] -> anomaly: float32 [B, 1 or H, 1, K]"
@@ -96,8 +98,11 @@ def load_detector(path: str | Path, opset: int, threshold: float | None = None) 
     _check_metadata(file.path, metadata, threshold)
     try:
         value = float(metadata["atpatch.threshold"]) if threshold is None else threshold
+        check_threshold(value)
         sites = json.loads(metadata.get("atpatch.sites", "[]"))
         training = json.loads(metadata.get("atpatch.training", "{}"))
+        if not isinstance(sites, list) or not all(isinstance(site, str) for site in sites):
+            raise ValueError("atpatch.sites is no list of names")
     except ValueError as error:
         raise InputError(
             f"the metadata of the detector {file.path} cannot be read ({error}): "
@@ -115,13 +120,26 @@ def load_detector(path: str | Path, opset: int, threshold: float | None = None) 
     )
 
 
+def check_threshold(value: float) -> None:
+    """Raises: InputError for a threshold that no anomaly, which is 0..1, could be compared with."""
+    if not 0 <= value <= 1:
+        raise InputError(f"the threshold {value} is not between 0 and 1, as anomalies are")
+
+
 def _check_domains(path: Path, model: ModelProto) -> None:
-    used = {node.domain for node in model.graph.node} - set(_KNOWN_DOMAINS)
+    used = {node.domain for node in _all_nodes(model.graph)} - set(_KNOWN_DOMAINS)
     if used:
         raise RefusedError(
             f"the detector {path} uses custom operators of {', '.join(sorted(used))}: write it "
             "with standard ONNX operators, which every host's runtime has"
         )
+
+
+def _all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    for node in graph.node:
+        yield node
+        for inner in subgraphs(node):
+            yield from _all_nodes(inner)
 
 
 def _check_signature(path: Path, model: ModelProto) -> None:
@@ -159,8 +177,7 @@ def _mismatch(value: ValueInfoProto, elem_type: int, rank: int | None) -> str:
 def _listed(values: dict[str, ValueInfoProto]) -> str:
     def one(value: ValueInfoProto) -> str:
         tensor = value.type.tensor_type
-        name = TensorProto.DataType.Name(tensor.elem_type).lower().replace("float", "float32", 1)
-        name = name.replace("float3216", "float16")
+        name = _type_name(tensor.elem_type)
         dims = [
             str(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?"
             for d in tensor.shape.dim
@@ -168,6 +185,14 @@ def _listed(values: dict[str, ValueInfoProto]) -> str:
         return f"{value.name}: {name} [{', '.join(dims)}]"
 
     return ", ".join(one(value) for value in values.values()) or "nothing"
+
+
+def _type_name(elem_type: int) -> str:
+    try:
+        name = str(TensorProto.DataType.Name(elem_type)).lower()  # type: ignore[arg-type]
+    except ValueError:
+        return f"unknown type {elem_type}"
+    return {"float": "float32", "double": "float64"}.get(name, name)
 
 
 def _check_metadata(path: Path, metadata: dict[str, str], threshold: float | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
@@ -12,7 +13,7 @@ from .api import SILENT, PathLike, Progress, patched_sites
 from .certificate import Difference, compare
 from .data import Samples, load_samples
 from .edits import Edit
-from .errors import RefusedError
+from .errors import RefusedError, at_least
 from .external_data import check_layout
 from .model_file import ModelFile
 from .passes.probe import add_output
@@ -72,6 +73,7 @@ def diff(
 
     Raises: CheckError if `patched` is not `model` with a patch, InputError for unusable inputs.
     """
+    at_least(1, batch, "--batch")
     base, result = ModelFile.open(model), ModelFile.open(patched)
     difference = compare(base, result)
     if inputs is None:
@@ -143,10 +145,9 @@ class FlagReader:
 
 
 def _stored(model: ModelFile, name: str) -> Array:
-    import onnx
-
-    tensors = {tensor.name: tensor for tensor in model.skeleton.graph.initializer}
-    stored: Array = onnx.numpy_helper.to_array(tensors[name])
+    tensor = model.tensor(name)
+    assert tensor is not None
+    stored: Array = onnx.numpy_helper.to_array(tensor)
     return stored
 
 

@@ -19,6 +19,12 @@ class RefusedError(AtpatchError):
     exit_code = 3
 
 
+def at_least(least: int, value: int, option: str) -> None:
+    """Raises: InputError if an option is below its least value."""
+    if value < least:
+        raise InputError(f"{option} {value}: give at least {least}")
+
+
 class CheckError(AtpatchError):
     """A check failed: the files are not what their certificate, patch or digest says."""
 

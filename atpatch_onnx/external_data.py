@@ -39,6 +39,8 @@ def _reference(model: ModelFile, tensor: TensorProto) -> ExternalTensor:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     try:
         offset, length = int(entries.get("offset", 0)), entries.get("length")
+        if not entries["location"] or offset < 0 or int(length or 0) < 0:
+            raise ValueError
         return ExternalTensor(
             tensor.name, entries["location"], offset, None if length is None else int(length)
         )
@@ -47,6 +49,11 @@ def _reference(model: ModelFile, tensor: TensorProto) -> ExternalTensor:
             f"the external data entry of tensor '{tensor.name}' in {model.path} has no usable "
             "location, offset or length: export the model again"
         ) from None
+
+
+def external_files(model: ModelFile) -> list[Path]:
+    """The files that hold external weights: never to be written."""
+    return [model.folder / name for name in {t.location for t in external_tensors(model)}]
 
 
 def check_layout(model: ModelFile) -> int:
@@ -65,12 +72,14 @@ def check_layout(model: ModelFile) -> int:
     for location, end in ends.items():
         path = _path_inside(model, folder, location)
         try:
-            size = path.stat().st_size
+            size = path.stat().st_size if path.is_file() else None
         except OSError:
+            size = None
+        if size is None:
             raise InputError(
                 f"the external weights '{location}' of {model.path} are missing: put the file at "
                 f"{model.folder / location}"
-            ) from None
+            )
         if end > size:
             raise InputError(
                 f"the external weights {model.folder / location} end at byte {size}, but the model "

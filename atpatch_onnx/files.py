@@ -61,21 +61,20 @@ class Staging:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        named: list[tuple[Path, Path]] = []
+        temporary: list[Path] = [s.temporary for s in self._staged if s.temporary]
         try:
             if kind is None:
-                named = [(_named(staged), staged.path) for staged in self._staged]
-                for temporary, path in named:
-                    temporary.replace(path)
+                # The first file is the one that counts: it appears when the others are there.
+                for staged in reversed(self._staged):
+                    _appear(staged, temporary)
         except OSError as error:
             raise _explained(error, self._staged[0].path) from error
         finally:
             for staged in self._staged:
                 os.close(staged.descriptor)
-            leftovers = [s.temporary for s in self._staged if s.temporary] + [t for t, _ in named]
-            for temporary in leftovers:
+            for leftover in temporary:
                 with contextlib.suppress(FileNotFoundError):
-                    temporary.unlink()
+                    leftover.unlink()
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -90,10 +89,16 @@ def check_output(path: Path, inputs: Iterable[Path], *, force: bool, ours: bool 
     inputs: files that are read; writing over one is refused whatever `force` says.
     ours: what lies at `path` can be made again from the inputs, so that replacing it is harmless.
     """
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise _explained(error, path) from None
+    if not exists:
+        return
     if path.is_dir():
         raise InputError(f"the output {path} is a folder: give a file name with -o")
-    if not path.exists():
-        return
+    if not path.is_file():
+        raise InputError(f"the output {path} is a device or pipe: give a file name with -o")
     for source in inputs:
         if source.exists() and path.samefile(source):
             raise InputError(
@@ -119,19 +124,30 @@ def _open(path: Path) -> _Staged:
     return _Staged(path, descriptor, Path(temporary))
 
 
-def _named(staged: _Staged) -> Path:
-    """Give the file a temporary name beside its final one, from where a rename is atomic."""
-    if staged.temporary is not None:
-        return staged.temporary
-    name = staged.path.with_name(f".{staged.path.name}.{os.getpid()}.{staged.descriptor}")
-    folder = os.open(name.parent, os.O_RDONLY)
+def _appear(staged: _Staged, temporary: list[Path]) -> None:
+    """Give a staged file its name; a name that it gets on the way is added to `temporary`.
+
+    Where nothing has the name yet, a file without one is linked to it in a single step.
+    """
+    if staged.temporary is None and not staged.path.exists():
+        _link(staged.descriptor, staged.path)
+        return
+    source = staged.temporary
+    if source is None:
+        source = staged.path.with_name(f".atpatch.{os.getpid()}.{staged.descriptor}")
+        _link(staged.descriptor, source)
+        temporary.append(source)
+    source.replace(staged.path)
+
+
+def _link(descriptor: int, path: Path) -> None:
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
         # Only with a folder descriptor does Python ask the kernel to follow the /proc link.
-        source = f"/proc/self/fd/{staged.descriptor}"
-        os.link(source, name.name, dst_dir_fd=folder, follow_symlinks=True)
+        source = f"/proc/self/fd/{descriptor}"
+        os.link(source, path.name, dst_dir_fd=folder, follow_symlinks=True)
     finally:
         os.close(folder)
-    return name
 
 
 def _explained(error: OSError, path: Path) -> InputError:

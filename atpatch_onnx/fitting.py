@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from .api import SILENT, PathLike, Progress
 from .data import load_samples
-from .errors import InputError, RefusedError
-from .external_data import check_layout
+from .errors import InputError, RefusedError, at_least
+from .external_data import check_layout, external_files
 from .files import check_output, write_file
 from .model_file import ModelFile
 from .passes.locate import locate
@@ -51,12 +53,13 @@ def fit(
     """
     if kind != "zscore":
         raise InputError(f"--kind {kind}: this version fits zscore")
-    if batch < 1:
-        raise InputError("--batch: give at least 1")
+    at_least(1, batch, "--batch")
+    at_least(0, seed, "--seed")
     file = ModelFile.open(model)
     check_layout(file)
     target = Path(output)
-    check_output(target, [file.path, Path(data)], force=force, ours=_fitted_for(target, file))
+    protected = [file.path, Path(data), *external_files(file)]
+    check_output(target, protected, force=force, ours=_fitted_for(target, file))
     found = locate(file.skeleton)
     chosen = tuple(choose_sites(found.sites, sites))
     if not chosen:
@@ -67,6 +70,12 @@ def fit(
         )
     provider = choose_provider(ep)
     samples = load_samples(data, Session(file.path, provider).inputs)
+    for name, array in samples.arrays.items():
+        if array.dtype.kind == "f" and bool(np.isnan(array).any()):
+            raise InputError(
+                f"{data} has NaN in the input '{name}': leave those samples out, they have no "
+                "attention to learn from"
+            )
     tick = progress.start("fitting", 2 * samples.count)
     detector, calibration = fit_zscore(
         file, chosen, samples, provider, fpr=fpr, seed=seed, batch=batch, progress=tick

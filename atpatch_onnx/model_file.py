@@ -133,6 +133,15 @@ class ModelFile:
         """The value of a `metadata_props` entry."""
         return next((p.value for p in self.skeleton.metadata_props if p.key == key), None)
 
+    def tensor(self, name: str) -> TensorProto | None:
+        """An initializer with its data, read from the file."""
+        stored = self.skeleton.graph.initializer
+        index = next((i for i, tensor in enumerate(stored) if tensor.name == name), None)
+        if index is None:
+            return None
+        place = self.initializers[index]
+        return TensorProto.FromString(bytes(self.buffer[place.payload : place.end]))
+
     def sha256(self, progress: Progress | None = None) -> str:
         """SHA-256 of the file, without its external weights."""
         return digest(memoryview(self.buffer), progress)

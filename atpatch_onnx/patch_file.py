@@ -82,12 +82,20 @@ def load_patch(path: str | Path) -> Patch:
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         if metadata.get("atpatch.patch.format") != str(FORMAT):
             raise broken
-        edits = tuple(_edits(model, json.loads(metadata["atpatch.patch.edits"])))
-        return Patch(metadata["atpatch.patch.base_sha256"], edits)
+        names = [n.name for n in model.graph.node] + [t.name for t in model.graph.initializer]
+        listed = json.loads(metadata["atpatch.patch.edits"])
+        if not listed or not isinstance(listed, list) or not _all_text(names):
+            raise broken
+        return Patch(metadata["atpatch.patch.base_sha256"], tuple(_edits(model, listed)))
     except OSError as error:
         raise InputError(f"cannot read {path}: {(error.strerror or '').lower()}") from None
     except (DecodeError, ValueError, KeyError, IndexError, TypeError):
         raise broken from None
+
+
+def _all_text(names: list[str]) -> bool:
+    """Whether all names are UTF-8: protobuf gives others as bytes."""
+    return all(isinstance(name, str) for name in names)
 
 
 def _value(view: GraphView, known_as: str, name: str) -> ValueInfoProto:
@@ -130,6 +138,13 @@ def _edit_list(patch: Patch) -> Iterator[list[Any]]:
 
 
 def _edits(model: ModelProto, listed: list[list[Any]]) -> Iterator[Edit]:
+    kinds = {"add_node": (int, str), "remove_node": (int,), "rewire_input": (int, int, str, str)}
+    if any(
+        tuple(map(type, rest)) != kinds.get(kind, tuple(map(type, rest))) for kind, *rest in listed
+    ):
+        raise ValueError("an edit of another form")
+    if sum(edit[0] == "add_node" for edit in listed) != len(model.graph.node):
+        raise ValueError("another number of nodes")
     nodes = iter(model.graph.node)
     tensors: dict[str, TensorProto] = {t.name: t for t in model.graph.initializer}
     inputs: dict[str, ValueInfoProto] = {v.name: v for v in model.graph.input}

@@ -128,12 +128,20 @@ def revert(model: ModelFile) -> Rewritten:
             Replacement(s, s + n, base64.b64decode(b)) for s, n, b in record["replacements"]
         ]
         replacements.append(Replacement(record["end"], model.size, b""))
+        if not _in_order(replacements, model.size):
+            raise altered
         result = Rewritten(model, tuple(replacements))
         if result.sha256() != record["base_sha256"]:
             raise altered
     except (ValueError, KeyError, TypeError):
         raise altered from None
     return result
+
+
+def _in_order(replacements: list[Replacement], size: int) -> bool:
+    """Whether replacements are what `replaced` needs: whole numbers, sorted, within the file."""
+    ends = [0, *(place for r in replacements for place in (r.start, r.end)), size]
+    return all(type(place) is int for place in ends) and ends == sorted(ends)
 
 
 def record_keys(model: ModelFile) -> list[str]:
@@ -169,9 +177,10 @@ def _record(model: ModelFile, patch: Patch, replacements: list[Replacement]) -> 
     return delimited(MODEL_METADATA, entry.SerializeToString())
 
 
-def _compile(model: ModelFile, edits: Iterable[Edit]) -> list[Replacement]:
+def _compile(model: ModelFile, edits: tuple[Edit, ...]) -> list[Replacement]:
     """The edits as replacements of the file, sorted, lengths of enclosing messages included."""
     nodes, graph = model.nodes, model.graphs[-1]
+    _check_places(edits, len(nodes))
     inside: list[Replacement] = []
     behind: list[bytes] = []
     rewires: dict[int, list[RewireInput]] = defaultdict(list)
@@ -208,6 +217,17 @@ def _compile(model: ModelFile, edits: Iterable[Edit]) -> list[Replacement]:
     headers = [s for g in model.graphs for s in _length(g, inside, g is graph)]
     ordered = sorted([*headers, *inside], key=lambda r: (r.start, r.end))
     return ordered + [Replacement(model.size, model.size, entry) for entry in behind]
+
+
+def _check_places(edits: Iterable[Edit], count: int) -> None:
+    """Raises: RefusedError for an edit at a node that the model does not have."""
+    for edit in edits:
+        place = {AddNode: "before", RemoveNode: "index", RewireInput: "node"}.get(type(edit))
+        if place is not None and not 0 <= getattr(edit, place) <= count - (place != "before"):
+            raise RefusedError(
+                f"the patch edits node {getattr(edit, place)} of a model with {count} nodes: patch "
+                "this model again from its detector"
+            )
 
 
 def _length(graph: Field, inside: list[Replacement], last: bool) -> Iterator[Replacement]:

@@ -76,7 +76,13 @@ def read_plan(path: Path, sha256: str) -> list[SitePlan]:
         isinstance(e, dict) and "name" in e for e in entries
     ):
         raise InputError(f"the plan {path} needs a list of [[site]] tables, each with a name")
-    return [_site_plan(path, entry) for entry in entries]
+    plans = [_site_plan(path, entry) for entry in entries]
+    twice = next(
+        (p.name for i, p in enumerate(plans) if p.name in {q.name for q in plans[:i]}), None
+    )
+    if twice is not None:
+        raise InputError(f"the plan {path} has site '{twice}' twice: keep one of its tables")
+    return plans
 
 
 def _site_plan(path: Path, entry: dict[str, Any]) -> SitePlan:
@@ -96,14 +102,19 @@ def _site_plan(path: Path, entry: dict[str, Any]) -> SitePlan:
         "heads": int,
     }
     for key, kind in kinds.items():
-        if key in entry and not isinstance(entry[key], kind):  # type: ignore[arg-type]
+        wrong = key in entry and (
+            not isinstance(entry[key], kind)  # type: ignore[arg-type]
+            or (isinstance(entry[key], bool) and kind is not bool)
+            or (kind is list and any(type(item) is not int for item in entry[key]))
+        )
+        if wrong:
             raise InputError(
                 f"the plan {path} sets {key} = {entry[key]!r} for site '{entry['name']}', which "
                 "has the wrong type"
             )
     values = {key: entry[key] for key in _KEYS & set(entry)}
     if "columns" in values:
-        values["columns"] = tuple(int(column) for column in values["columns"])
+        values["columns"] = tuple(values["columns"])
     return SitePlan(**values)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .detector import Detector
-from .errors import InputError
+from .errors import InputError, RefusedError
 from .passes.locate import Site
 from .runtime import Array, Session, first_line
 
@@ -18,7 +18,13 @@ def rehearse(detector: Detector, sites: list[Site]) -> None:
     """
     if detector.extra_inputs:
         return
-    session = Session(detector.model.SerializeToString(), "cpu", threads=1)
+    try:
+        session = Session(detector.model.SerializeToString(), "cpu", threads=1)
+    except RefusedError as error:
+        raise InputError(
+            f"the detector {detector.path} cannot be run ({first_line(error)}): check it with "
+            "onnx.checker"
+        ) from None
     seen: set[tuple[int, ...]] = set()
     for site in sites:
         shape = _map_shape(site)

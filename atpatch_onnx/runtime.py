@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,10 @@ class Session:
         chosen = [PROVIDERS[provider]] + ([PROVIDERS["cpu"]] if provider == "cuda" else [])
         try:
             source = model if isinstance(model, bytes) else str(model)
-            self.session = ort.InferenceSession(source, options, providers=chosen)
+            # Its own fallback prints to the standard output, where a program may be reading.
+            self.session = ort.InferenceSession(
+                source, options, providers=chosen, enable_fallback=False
+            )
         except Exception as error:  # ONNX Runtime raises many types without a common base
             what = "the model" if isinstance(model, bytes) else str(model)
             raise RefusedError(
@@ -147,6 +151,7 @@ class Session:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error message, short enough for a sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300].rstrip(". ")
+    """The first sentence of an error message, short enough to be part of another."""
+    text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error)).strip()
+    sentence = re.split(r"[.!?](?=\s+[A-Z])|\n", text)[0] if text else type(error).__name__
+    return sentence[:300].rstrip(". ")

@@ -148,6 +148,8 @@ def patched(console: Console, report: PatchReport) -> None:
             f"[red]refused[/] {other.op} '{escape(other.node)}': {escape(other.reason)}. "
             f"Fix: {escape(other.fix)}."
         )
+    for warning in report.warnings:
+        console.print(f"[yellow]warning:[/] {escape(warning)}")
     console.print(f"{escape(str(report.output))}: {report.added_bytes:,} bytes of patch")
     if report.certificate is not None:
         console.print(f"certificate: {escape(str(report.certificate))}")

@@ -9,8 +9,8 @@ import onnx.parser
 
 from atpatch_onnx.detector import Detector, load_detector
 
-NEVER, ALWAYS = 2.0, -1.0
-"""Thresholds above and below every anomaly of the detector."""
+NEVER, ALWAYS = 1.0, 0.0
+"""Thresholds that no anomaly passes, and that every over-attended column does."""
 
 
 def column_mean_detector(path: Path, opset: int, threshold: float) -> Detector:

@@ -116,7 +116,8 @@ class Splicing:
             if treatment is None:
                 outcomes.append(Skipped(site.name, "not chosen"))
             elif treatment.detector and treatment.detector.layer_of(site.name, site.index) is None:
-                outcomes.append(Skipped(site.name, "its detector was not fitted for this site"))
+                reason = f"{treatment.detector.path} was not fitted for this site"
+                outcomes.append(Skipped(site.name, reason))
             else:
                 outcomes.append(self.patch(site, treatment))
         if self.options.toggle and any(isinstance(o, Patched) for o in outcomes):
@@ -263,7 +264,22 @@ class Splicing:
                 f"--bind {name}={value}: that value is computed only behind the site; bind one "
                 "that is computed before it"
             )
+        self.check_type(detector, name, value)
         return value
+
+    def check_type(self, detector: Detector, name: str, value: str) -> None:
+        """Raises: InputError where a bound value has another type or rank than the input wants."""
+        wanted = next(v.type.tensor_type for v in detector.inputs if v.name == name)
+        found = self.view.types.get(value)
+        if found is None:
+            return
+        ranks = (len(wanted.shape.dim) if wanted.HasField("shape") else None, found.shape)
+        other_rank = None not in ranks and ranks[0] != len(found.shape or ())
+        if found.elem_type != wanted.elem_type or other_rank:
+            raise InputError(
+                f"--bind {name}={value}: the value has another type or rank than the input '{name}' "
+                f"of the detector {detector.path}: bind one that fits, or cast it in the detector"
+            )
 
     def threshold(self, f: Fragment, site: Site, treatment: Treatment) -> str:
         """The site's threshold: a constant, or an overridable input under `toggle`."""

@@ -54,7 +54,7 @@ def test_nothing_flagged_changes_nothing(
     opset: int, dtype: str, mode: Redistribution, strategy: Strategy, tmp_path: Path
 ) -> None:
     body = COLUMN_MEAN if opset < 18 else COLUMN_MEAN_18
-    never = load(detector(body, threshold=2.0, opset=opset), tmp_path, opset)
+    never = load(detector(body, threshold=1.0, opset=opset), tmp_path, opset)
     host = model_file(attention(opset, dtype))
     after, _ = spliced(host, everywhere(Treatment(mode, never), strategy=strategy))
     assert_patch(host, after, rewired=2)
@@ -196,9 +196,9 @@ def test_further_inputs_are_bound_to_host_values(tmp_path: Path) -> None:
     model = onnx.parser.parse_model("""
         <ir_version: 8, opset_import: ["" : 17]>
         det (float[B, H, Q, K] attention, float[B, 1, 1, K] mark) => (float[B, 1, 1, K] anomaly)
-        { anomaly = Identity (mark) }
+        { one = Constant <value_float = 1.0> () anomaly = Add (mark, one) }
     """)
-    onnx.helper.set_model_props(model, {"atpatch.abi": "1", "atpatch.threshold": "-0.5"})
+    onnx.helper.set_model_props(model, {"atpatch.abi": "1", "atpatch.threshold": "0.5"})
     treatment = Treatment(Redistribution.PRUNE, load(model, tmp_path))
     host = model_file(attention(17))
     with pytest.raises(InputError, match="--bind mark="):
