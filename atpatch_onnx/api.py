@@ -295,9 +295,9 @@ def _treatments(
     if options.detector and options.columns:
         raise InputError("--detector and --columns exclude each other: give one of them")
     if options.columns and options.threshold is not None:
-        raise InputError("--threshold is for detectors: --columns are always flagged")
+        raise InputError("--threshold belongs to --detector: --columns are always flagged")
     if options.threshold is not None:
-        check_threshold(options.threshold)
+        check_threshold(options.threshold, "--threshold")
     detectors: dict[Path, Detector] = {}
     by_name = {entry.name: entry for entry in plans}
     unknown = set(by_name) - {site.name for site in found.sites}
@@ -346,8 +346,8 @@ def _treatment(
             "--columns choose prune or uniform"
         )
     threshold = entry.threshold if entry.threshold is not None else options.threshold
-    if threshold is not None:
-        check_threshold(threshold)
+    if entry.threshold is not None:
+        check_threshold(entry.threshold, f"the plan {plan_path}: site '{site.name}': threshold")
     _check_columns(columns)
     return Treatment(mode, detector, columns, threshold, entry.heads)
 
@@ -412,7 +412,12 @@ def _write(
             file, result, about, sha256, external=_hashing(file, digests, progress)
         )
         staging.add(certificate, [json.dumps(proof.as_dict(), indent=1).encode()])
-    return PatchReport(target, certificate, (), (), proof.result.sha256, rewritten.size - file.size)
+    return PatchReport(
+        target,
+        certificate,
+        sha256=proof.result.sha256,
+        added_bytes=rewritten.size - file.size,
+    )
 
 
 def _opened(path: Path, holds: Callable[[ModelFile], bool]) -> bool:

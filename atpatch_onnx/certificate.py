@@ -342,10 +342,15 @@ def _check_certificate(claimed: dict[str, Any], found: list[Certificate]) -> str
 
 def _check_form(claimed: dict[str, Any]) -> None:
     """Raises: CheckError if a certificate lacks what is compared."""
-    sides = all(isinstance(claimed.get(side), dict) for side in ("base", "result"))
+    missing = [side for side in ("base", "result") if not isinstance(claimed.get(side), dict)]
     tensors = claimed.get("initializers")
-    listed = isinstance(tensors, list) and all(
-        isinstance(tensor, dict) and "sha256" in tensor for tensor in tensors
-    )
-    if not sides or not listed:
-        raise CheckError("the certificate was altered: it lacks digests that every one has")
+    if not isinstance(tensors, list):
+        missing.append("list of tensors")
+    else:
+        missing += [
+            f"digest of the tensor '{t.get('name') if isinstance(t, dict) else t}'"
+            for t in tensors
+            if not isinstance(t, dict) or "sha256" not in t
+        ]
+    if missing:
+        raise CheckError(f"the certificate was altered: it lacks its {missing[0]}")

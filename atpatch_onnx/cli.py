@@ -12,9 +12,11 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from typer._click.exceptions import ClickException
 
 from . import api, show
 from .errors import AtpatchError, CheckError, InputError
+from .runtime import one_sentence
 
 app = typer.Typer(
     name="atpatch-onnx",
@@ -24,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+INTERRUPTED = 130
 out, err = Console(), Console(stderr=True)
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="The original .onnx file.")]
@@ -330,19 +333,26 @@ class _ReportedError(CheckError):
 
 def main() -> None:
     """Run the command line; every error a user can cause is one sentence and an exit code."""
-    from typer._click.exceptions import ClickException
-
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # typer has swallowed the exception
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except AtpatchError as error:
         _fail(error, error.exit_code)
     except ClickException as error:  # usage: an unknown option, a missing argument, a wrong type
-        lines = " ".join(error.format_message().split())
-        _fail(InputError(lines or "see --help"), 2)
+        _fail(InputError(_usage(error)), 2)
     except (KeyboardInterrupt, typer.Abort):
         _say("interrupted; nothing was written")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+
+
+def _usage(error: ClickException) -> str:
+    """What is wrong with the command line, with the value that is wrong."""
+    message = one_sentence(error.format_message()).rstrip(".")
+    options = getattr(getattr(error, "param", None), "opts", [])
+    given = [sys.argv[i + 1] for i, word in enumerate(sys.argv[:-1]) if word in options]
+    return f"{message}: found '{given[-1]}'" if given and given[-1] not in message else message
 
 
 def _fail(error: AtpatchError, code: int) -> NoReturn:

@@ -61,6 +61,8 @@ def load_arrays(path: str | Path) -> Arrays:
         if isinstance(loaded, np.ndarray):
             return {"": loaded}
         with loaded:
+            if not loaded.files:
+                return {}
             arrays = {key: loaded[key] for key in loaded.files}
     except FileNotFoundError:
         raise InputError(f"the data file {path} does not exist") from None
@@ -86,7 +88,9 @@ def samples_from(arrays: Arrays, inputs: Sequence[InputSpec], source: str = "the
     if len(names) == 1 and len(arrays) == 1:
         arrays = {names[0]: next(iter(arrays.values()))}
     elif missing:
-        found = ", ".join(key for key in arrays if key) or "one array without a name"
+        found = ", ".join(key for key in arrays if key) or (
+            "one array without a name" if arrays else "nothing"
+        )
         raise InputError(
             f"{source} has no array for the input{'s' * (len(missing) > 1)} {', '.join(missing)}: "
             f"expected the keys {', '.join(names)}, found {found}"

@@ -98,7 +98,10 @@ def load_detector(path: str | Path, opset: int, threshold: float | None = None) 
     _check_metadata(file.path, metadata, threshold)
     try:
         value = float(metadata["atpatch.threshold"]) if threshold is None else threshold
-        check_threshold(value)
+        check_threshold(
+            value,
+            f"the threshold of the detector {file.path}," if threshold is None else "--threshold",
+        )
         sites = json.loads(metadata.get("atpatch.sites", "[]"))
         training = json.loads(metadata.get("atpatch.training", "{}"))
         if not isinstance(sites, list) or not all(isinstance(site, str) for site in sites):
@@ -120,10 +123,10 @@ def load_detector(path: str | Path, opset: int, threshold: float | None = None) 
     )
 
 
-def check_threshold(value: float) -> None:
-    """Raises: InputError for a threshold that no anomaly, which is 0..1, could be compared with."""
+def check_threshold(value: float, where: str) -> None:
+    """Raises: InputError for a threshold outside of 0..1, where anomalies are."""
     if not 0 <= value <= 1:
-        raise InputError(f"the threshold {value} is not between 0 and 1, as anomalies are")
+        raise InputError(f"{where} {value:g}: anomalies, and so thresholds, are between 0 and 1")
 
 
 def _check_domains(path: Path, model: ModelProto) -> None:
@@ -189,7 +192,7 @@ def _listed(values: dict[str, ValueInfoProto]) -> str:
 
 def _type_name(elem_type: int) -> str:
     try:
-        name = str(TensorProto.DataType.Name(elem_type)).lower()  # type: ignore[arg-type]
+        name = str(TensorProto.DataType.Name(elem_type)).lower()
     except ValueError:
         return f"unknown type {elem_type}"
     return {"float": "float32", "double": "float64"}.get(name, name)

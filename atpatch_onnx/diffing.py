@@ -13,11 +13,11 @@ from .api import SILENT, PathLike, Progress, patched_sites
 from .certificate import Difference, compare
 from .data import Samples, load_samples
 from .edits import Edit
-from .errors import RefusedError, at_least
+from .errors import CheckError, RefusedError, at_least
 from .external_data import check_layout
 from .model_file import ModelFile
 from .passes.probe import add_output
-from .patching import Patch, apply
+from .patching import Patch, apply, names
 from .runtime import Array, Arrays, Session, choose_provider
 
 
@@ -117,6 +117,11 @@ class FlagReader:
             raise RefusedError(f"{model.path} does not say what was patched: patch it again")
         self.sites = [SiteFlags(entry["site"]) for entry in entries]
         self._values = [entry["flagged"] for entry in entries]
+        made = set(names(model.skeleton))
+        if not made.issuperset(self._values):
+            raise CheckError(
+                f"{model.path} was altered: it lacks a value that its list of patched sites names"
+            )
         present = {value.name for value in model.skeleton.graph.output}
         stored = {tensor.name for tensor in model.skeleton.graph.initializer}
         self._constant = {value: _stored(model, value) for value in self._values if value in stored}
@@ -157,8 +162,7 @@ def _columns(flagged: Array, batch: int) -> NDArray[np.bool_]:
     if flagged.shape[0] % batch:
         row = flagged.reshape(-1, keys).any(axis=0)
         return np.broadcast_to(row, (batch, keys))
-    columns: NDArray[np.bool_] = flagged.reshape(batch, -1, keys).any(axis=1)
-    return columns
+    return np.asarray(flagged.reshape(batch, -1, keys).any(axis=1), np.bool_)
 
 
 def _add(found: OutputDifference, old: Array, new: Array, flagged: NDArray[np.bool_]) -> None:

@@ -62,12 +62,17 @@ class Staging:
         traceback: TracebackType | None,
     ) -> None:
         temporary: list[Path] = [s.temporary for s in self._staged if s.temporary]
+        new: list[Path] = []
         try:
             if kind is None:
                 # The first file is the one that counts: it appears when the others are there.
                 for staged in reversed(self._staged):
+                    is_new = not staged.path.exists()
                     _appear(staged, temporary)
+                    new += [staged.path] if is_new else []
         except OSError as error:
+            for path in new:
+                path.unlink()
             raise _explained(error, self._staged[0].path) from error
         finally:
             for staged in self._staged:

@@ -86,9 +86,9 @@ def fit(
 
 def _fitted_for(path: Path, file: ModelFile) -> bool:
     """Whether the file at `path` is a detector that was fitted for this model before."""
-    if not path.is_file():
-        return False
     try:
-        return ModelFile.open(path).metadata("atpatch.host.sha256") == file.sha256()
-    except InputError:
+        return (
+            path.is_file() and ModelFile.open(path).metadata("atpatch.host.sha256") == file.sha256()
+        )
+    except (InputError, OSError):
         return False

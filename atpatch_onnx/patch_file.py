@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import DecodeError
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from .edits import (
     AddInitializer,
@@ -82,9 +82,8 @@ def load_patch(path: str | Path) -> Patch:
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         if metadata.get("atpatch.patch.format") != str(FORMAT):
             raise broken
-        names = [n.name for n in model.graph.node] + [t.name for t in model.graph.initializer]
         listed = json.loads(metadata["atpatch.patch.edits"])
-        if not listed or not isinstance(listed, list) or not _all_text(names):
+        if not listed or not isinstance(listed, list) or not _all_text(model.graph):
             raise broken
         return Patch(metadata["atpatch.patch.base_sha256"], tuple(_edits(model, listed)))
     except OSError as error:
@@ -93,9 +92,13 @@ def load_patch(path: str | Path) -> Patch:
         raise broken from None
 
 
-def _all_text(names: list[str]) -> bool:
+def _all_text(graph: GraphProto) -> bool:
     """Whether all names are UTF-8: protobuf gives others as bytes."""
-    return all(isinstance(name, str) for name in names)
+    names: list[object] = [tensor.name for tensor in graph.initializer]
+    for node in graph.node:
+        names += [node.name, node.op_type, node.domain, *node.input, *node.output]
+    nested = (inner for node in graph.node for inner in subgraphs(node))
+    return all(isinstance(name, str) for name in names) and all(map(_all_text, nested))
 
 
 def _value(view: GraphView, known_as: str, name: str) -> ValueInfoProto:

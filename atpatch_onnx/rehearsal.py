@@ -19,12 +19,10 @@ def rehearse(detector: Detector, sites: list[Site]) -> None:
     if detector.extra_inputs:
         return
     try:
-        session = Session(detector.model.SerializeToString(), "cpu", threads=1)
+        content, name = detector.model.SerializeToString(), f"the detector {detector.path}"
+        session = Session(content, "cpu", threads=1, name=name)
     except RefusedError as error:
-        raise InputError(
-            f"the detector {detector.path} cannot be run ({first_line(error)}): check it with "
-            "onnx.checker"
-        ) from None
+        raise InputError(str(error)) from None
     seen: set[tuple[int, ...]] = set()
     for site in sites:
         shape = _map_shape(site)

@@ -94,8 +94,14 @@ class Session:
     """An inference session over a file, or over bytes whose weights lie in `folder`."""
 
     def __init__(
-        self, model: Path | bytes, provider: str, folder: Path | None = None, threads: int = 0
+        self,
+        model: Path | bytes,
+        provider: str,
+        folder: Path | None = None,
+        threads: int = 0,
+        name: str | None = None,
     ) -> None:
+        self.name = name or ("the model" if isinstance(model, bytes) else str(model))
         ort = onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 4
@@ -112,9 +118,8 @@ class Session:
                 source, options, providers=chosen, enable_fallback=False
             )
         except Exception as error:  # ONNX Runtime raises many types without a common base
-            what = "the model" if isinstance(model, bytes) else str(model)
             raise RefusedError(
-                f"ONNX Runtime cannot load {what}: {first_line(error)}: check it with "
+                f"ONNX Runtime cannot load {self.name}: {first_line(error)}: check it with "
                 "onnx.checker, or export it at an opset that this ONNX Runtime knows"
             ) from None
         if provider == "cuda" and PROVIDERS["cuda"] not in self.session.get_providers():
@@ -144,14 +149,19 @@ class Session:
         except Exception as error:  # see above
             shapes = ", ".join(f"{k} {v.dtype} {list(v.shape)}" for k, v in feeds.items())
             raise InputError(
-                f"the model failed on inputs {shapes}: {first_line(error)}: check the data against "
-                "what the model expects"
+                f"{self.name} failed on inputs {shapes}: {first_line(error)}: check the data "
+                "against what the model expects"
             ) from None
         return dict(zip(names, values, strict=True))
 
 
 def first_line(error: Exception) -> str:
-    """The first sentence of an error message, short enough to be part of another."""
+    """The first line of an error message, short enough for a sentence."""
     text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error)).strip()
-    sentence = re.split(r"[.!?](?=\s+[A-Z])|\n", text)[0] if text else type(error).__name__
-    return sentence[:300].rstrip(". ")
+    line = text.splitlines()[0] if text else type(error).__name__
+    return one_sentence(line)[:300].rstrip(". ")
+
+
+def one_sentence(text: str) -> str:
+    """Several sentences as one, on one line."""
+    return re.sub(r"[.!?]\s+(?=[A-Z])", "; ", " ".join(text.split()))

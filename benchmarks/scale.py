@@ -89,15 +89,17 @@ def bert_4000(folder: Path) -> Path:
     import torch
     from transformers import BertConfig, BertModel
 
+    eager: dict[str, Any] = {"attn_implementation": "eager"}
     config = BertConfig(
         hidden_size=128,
         num_hidden_layers=64,
         num_attention_heads=4,
         intermediate_size=256,
         vocab_size=1000,
-        attn_implementation="eager",
+        **eager,
     )
-    bert = BertModel(config).eval()
+    bert: torch.nn.Module = BertModel(config)
+    bert.eval()
 
     class Encoder(torch.nn.Module):
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:

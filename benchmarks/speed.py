@@ -30,6 +30,7 @@ from detectors import ALWAYS, NEVER
 RESULTS = Path(__file__).parent / "results"
 IMAGE = (3, 224, 224)
 LENGTH = 128
+EAGER: dict[str, Any] = {"attn_implementation": "eager"}
 
 
 class _Logits(nn.Module):
@@ -56,11 +57,11 @@ def make(name: str, folder: Path, half: bool) -> tuple[Path, dict[str, Any]]:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     if name == "ViT-B/16":
-        model: nn.Module = ViTForImageClassification(ViTConfig(attn_implementation="eager"))
+        model: nn.Module = ViTForImageClassification(ViTConfig(**EAGER))
         sample = rng.standard_normal((1, *IMAGE)).astype(np.float16 if half else np.float32)
         axes = {0: "batch"}
     else:
-        config = BertConfig(attn_implementation="eager")
+        config = BertConfig(**EAGER)
         model = BertForSequenceClassification(config)
         sample = rng.integers(0, config.vocab_size, (1, LENGTH))
         axes = {0: "batch"}

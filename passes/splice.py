@@ -276,9 +276,14 @@ class Splicing:
         ranks = (len(wanted.shape.dim) if wanted.HasField("shape") else None, found.shape)
         other_rank = None not in ranks and ranks[0] != len(found.shape or ())
         if found.elem_type != wanted.elem_type or other_rank:
+            kinds = [
+                TensorProto.DataType.Name(t).lower() for t in (found.elem_type, wanted.elem_type)
+            ]
+            rank = None if found.shape is None else len(found.shape)
             raise InputError(
-                f"--bind {name}={value}: the value has another type or rank than the input '{name}' "
-                f"of the detector {detector.path}: bind one that fits, or cast it in the detector"
+                f"--bind {name}={value}: the value is {kinds[0]} of rank {rank}, the detector "
+                f"{detector.path} expects {kinds[1]} of rank {ranks[0]}: bind one that fits, or "
+                "convert it in the detector"
             )
 
     def threshold(self, f: Fragment, site: Site, treatment: Treatment) -> str:

@@ -98,6 +98,10 @@ def _fill() -> None:
     Path("folder").mkdir()
     Path("soft.onnx").symlink_to("model.onnx")
     api.inspect("model.onnx", "plan.toml")
+    plan = Path("plan.toml").read_text()
+    Path("detector.toml").write_text(
+        plan.replace("patch = true", 'patch = true\ndetector = "det.onnx"')
+    )
     api.patch("model.onnx", "det.onnx", output="patched.onnx")
     api.patch("model.onnx", "det.onnx", patch_only="fix.atpatch")
     api.patch("other.onnx", "det.onnx", output="other.patched.onnx")

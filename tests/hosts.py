@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +22,11 @@ from atpatch_onnx.passes.splice import Splice
 from atpatch_onnx.patching import Patch, Rewritten, apply
 from atpatch_onnx.runtime import Arrays, Session
 
-TYPES = {"float": np.float32, "float16": np.float16, "double": np.float64}
+TYPES: dict[str, type[np.floating[Any]]] = {
+    "float": np.float32,
+    "float16": np.float16,
+    "double": np.float64,
+}
 
 
 def attention(opset: int = 17, dtype: str = "float", mask: bool = True) -> ModelProto:
@@ -84,6 +90,11 @@ COLUMN_MEAN_18 = """
     anomaly = ReduceMean <keepdims = 1> (rows, one)
 """
 """The same from opset 18 on, where the axes are an input."""
+
+
+def save_arrays(path: Path, arrays: Mapping[str, Any]) -> Path:
+    np.savez(path, **arrays)
+    return path
 
 
 def model_file(model: ModelProto, path: str | Path = "host.onnx") -> ModelFile:

@@ -15,7 +15,7 @@ import pytest
 import atpatch_onnx
 from atpatch_onnx import cli
 
-from hosts import attention, random_feeds
+from hosts import attention, random_feeds, save_arrays
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
     for feeds in many:
         feeds["mask"][:] = 0
     clean = {name: np.concatenate([feeds[name] for feeds in many]) for name in many[0]}
-    np.savez(tmp_path / "clean.npz", **clean)
+    save_arrays(tmp_path / "clean.npz", clean)
     return tmp_path
 
 

@@ -4,7 +4,9 @@ inputs, and an over-attended column is found without having been seen."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,7 +24,7 @@ from atpatch_onnx.passes.locate import locate
 from atpatch_onnx.passes.probe import Probe
 from atpatch_onnx.statistics import calibrate
 
-from hosts import attention, edited, model_file, random_feeds, run
+from hosts import attention, edited, model_file, random_feeds, run, save_arrays
 
 KEYS = 8
 
@@ -48,20 +50,22 @@ def host(fixed: bool, opset: int = 17) -> ModelProto:
     """)
 
 
-def clean(count: int, seed: int, length: int = KEYS, padded: bool = False) -> dict[str, NDArray]:  # type: ignore[type-arg]
+def clean(
+    count: int, seed: int, length: int = KEYS, padded: bool = False
+) -> dict[str, NDArray[np.float32]]:
     rng = np.random.default_rng(seed)
-    x = 0.7 * rng.standard_normal((count, length, 4), np.float32)
+    x = 0.7 * rng.standard_normal((count, KEYS, 4), np.float32)
     x[..., 0] += 1  # what all tokens share, and a trigger can appeal to
-    mask = np.zeros((count, length), np.float32)
+    mask = np.zeros((count, KEYS), np.float32)
     if padded:
-        for row, real in enumerate(rng.integers(4, length + 1, count)):
+        for row, real in enumerate(rng.integers(4, KEYS + 1, count)):
             mask[row, real:] = -np.inf
     return {"x": x, "mask": mask}
 
 
-def save(folder: Path, model: ModelProto, data: dict[str, NDArray]) -> tuple[Path, Path]:  # type: ignore[type-arg]
+def save(folder: Path, model: ModelProto, data: Mapping[str, Any]) -> tuple[Path, Path]:
     onnx.save(model, folder / "host.onnx")
-    np.savez(folder / "clean.npz", **data)
+    save_arrays(folder / "clean.npz", data)
     return folder / "host.onnx", folder / "clean.npz"
 
 
@@ -102,7 +106,7 @@ def test_the_budget_holds_on_unseen_inputs_and_a_trigger_is_found(
     bad["x"][:, 2, 0] = 6
     flagged = {}
     for name, arrays in (("unseen", unseen), ("bad", bad)):
-        np.savez(tmp_path / f"{name}.npz", **arrays)
+        save_arrays(tmp_path / f"{name}.npz", arrays)
         flagged[name] = atpatch_onnx.diff(model, patched, tmp_path / f"{name}.npz")
         assert flagged[name].identity is True
     # 1,200 held-out and 2,000 unseen inputs: 2.5 points are three standard deviations.
@@ -125,7 +129,7 @@ def test_too_few_inputs_are_said_not_hidden(tmp_path: Path) -> None:
     report = atpatch_onnx.fit(model, data, tmp_path / "det.onnx", fpr=0.01)
     assert not report.calibration.honoured
     assert report.calibration.expected_fpr > 0.01
-    np.savez(data, **clean(10, 0))
+    save_arrays(data, clean(10, 0))
     with pytest.raises(InputError, match="at least 20"):
         atpatch_onnx.fit(model, data, tmp_path / "other.onnx")
     assert not (tmp_path / "other.onnx").exists()

@@ -4,6 +4,7 @@ their bits; the values are those of a float64 reference."""
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import numpy as np
 import onnx
@@ -57,7 +58,7 @@ def redistributed(
     p: Array, m: NDArray[np.bool_], b: Array | None, mode: Redistribution, opset: int = 17
 ) -> Array:
     name = next(n for n, t in TYPES.items() if p.dtype == t)
-    feeds = {"p": p, "m": m, "s": m.any(axis=(1, 2, 3), keepdims=True)}
+    feeds: dict[str, Any] = {"p": p, "m": m, "s": m.any(axis=(1, 2, 3), keepdims=True)}
     if mode is Redistribution.BENIGN:
         assert b is not None
         feeds["b"] = b.astype(np.float32)

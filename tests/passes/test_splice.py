@@ -189,7 +189,7 @@ def test_layer_tells_the_sites_apart(tmp_path: Path) -> None:
     result = run(after, random_feeds())
     for layer, column in ((0, 1), (1, 2)):
         flagged = result[f"atpatch/attention.{layer}/flagged"]
-        assert flagged.any(axis=(0, 1, 2)).nonzero()[0].tolist() == [column]
+        assert np.flatnonzero(flagged.any(axis=(0, 1, 2))).tolist() == [column]
 
 
 def test_further_inputs_are_bound_to_host_values(tmp_path: Path) -> None:
