@@ -75,13 +75,17 @@ def inspect(model: PathLike, plan: PathLike | None = None, *, force: bool = Fals
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What `patch` or `apply` did: the files it wrote and its word on every site."""
+    """What `patch` or `apply` did: the files it wrote and its word on every site.
+
+    provider: the execution provider that the strategy was chosen for; empty for `apply`.
+    """
 
     output: Path
     certificate: Path | None
     outcomes: tuple[Outcome, ...] = ()
     refused: tuple[Other, ...] = ()
     warnings: tuple[str, ...] = ()
+    provider: str = ""
     sha256: str = ""
     added_bytes: int = 0
 
@@ -130,7 +134,8 @@ def patch(
     treatments = _treatments(view, found, sites, plans, options, Path(plan or "."))
     detectors = {t.detector.sha256: t.detector for t in treatments.values() if t.detector}
     _check_bindings(bind or {}, detectors.values())
-    splice = Splice(treatments, _strategy(strategy, ep), telemetry, toggle, bind or {})
+    provider = choose_provider(ep)
+    splice = Splice(treatments, _strategy(strategy, provider), telemetry, toggle, bind or {})
     result = splice(view, found.sites)
     if not result.patched:
         raise RefusedError(_nothing_patched(file, found, result))
@@ -142,9 +147,13 @@ def patch(
     edits = Patch(sha256, (*result.edits, AddMetadata(_free_key(file), _sites_record(result))))
     rewritten = apply_edits(file, edits, sha256)
     sources = [d.path for d in detectors.values()] + ([Path(plan)] if plan else [])
-    said = replace(
-        PatchReport(Path(), None, result.outcomes, found.refused),
-        warnings=tuple(_warnings(file, sha256, detectors.values())),
+    said = PatchReport(
+        Path(),
+        None,
+        result.outcomes,
+        found.refused,
+        tuple(_warnings(file, sha256, detectors.values())),
+        provider,
     )
     if patch_only is not None:
         target = Path(patch_only)
@@ -162,7 +171,13 @@ def patch(
     }
     target = Path(output) if output is not None else file.path.with_suffix(".patched.onnx")
     written = _write(file, rewritten, target, sources, about, sha256, digests, force, progress)
-    return replace(written, outcomes=said.outcomes, refused=said.refused, warnings=said.warnings)
+    return replace(
+        said,
+        output=written.output,
+        certificate=written.certificate,
+        sha256=written.sha256,
+        added_bytes=written.added_bytes,
+    )
 
 
 def apply(
@@ -264,14 +279,14 @@ def patched_sites(model: ModelFile) -> list[dict[str, Any]]:
     )
 
 
-def _strategy(wanted: str | None, ep: str | None) -> Strategy:
+def _strategy(wanted: str | None, provider: str) -> Strategy:
     """`select` for CUDA, where an `If` costs a synchronisation, `guard` for CPU."""
     if wanted is not None:
         try:
             return Strategy(wanted)
         except ValueError:
             raise InputError(f"--strategy {wanted}: choose guard or select") from None
-    return Strategy.SELECT if choose_provider(ep) == "cuda" else Strategy.GUARD
+    return Strategy.SELECT if provider == "cuda" else Strategy.GUARD
 
 
 @dataclass(frozen=True)

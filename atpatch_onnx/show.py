@@ -150,7 +150,8 @@ def patched(console: Console, report: PatchReport) -> None:
         )
     for warning in report.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}")
-    console.print(f"{escape(str(report.output))}: {report.added_bytes:,} bytes of patch")
+    made_for = f", for execution provider {report.provider}" if report.provider else ""
+    console.print(f"{escape(str(report.output))}: {report.added_bytes:,} bytes of patch{made_for}")
     if report.certificate is not None:
         console.print(f"certificate: {escape(str(report.certificate))}")
 

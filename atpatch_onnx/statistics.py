@@ -170,7 +170,7 @@ def fit_zscore(
     sha256 = model.sha256()
     tables = _statistics(model, view, sites, fit, provider, batch, sha256, progress)
     _check_opset(view.opset, tables)
-    detector = build_zscore(tables, view.opset, model.skeleton.ir_version)
+    detector = build_zscore(tables, view.opset, max(model.skeleton.ir_version, 4))
     scores = score_inputs(
         model,
         view,

@@ -11,121 +11,31 @@ and does it revert to the same bytes? Writes `benchmarks/results/coverage.json`.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import onnx
 import torch
+from onnx import ModelProto
 
-from atpatch_onnx.certificate import compare
-from atpatch_onnx.errors import AtpatchError
 from atpatch_onnx.model_file import ModelFile
 from atpatch_onnx.passes.graph_view import GraphView
-from atpatch_onnx.passes.locate import Sites, locate
+from atpatch_onnx.passes.locate import locate
 from atpatch_onnx.passes.redistribute import Redistribution
-from atpatch_onnx.passes.splice import Splice, Strategy, Treatment
+from atpatch_onnx.passes.splice import Splice, Treatment
 from atpatch_onnx.patching import Patch, apply, revert
 from atpatch_onnx.runtime import Session
 
-from architectures import ARCHITECTURES, Architecture, export
-from detectors import NEVER, column_mean_detector
+from architectures import ARCHITECTURES, Architecture
+from exports import Row, measure
 
 RESULTS = Path(__file__).parent / "results"
-Arrays = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One export. `expected` is what the configuration implies; `identical` is None where ONNX
-    Runtime does not run the original."""
-
-    architecture: str
-    attention: str
-    exporter: str
-    opset: int
-    expected: int
-    found: int
-    fused: int
-    refused_otherwise: list[str]
-    causal: int
-    cross: int
-    identical: bool | None
-    checked: bool
-    reverted: bool
-
-    @property
-    def covered(self) -> bool:
-        """Every site found, or refused by name."""
-        return self.found + self.fused + len(self.refused_otherwise) == self.expected
-
-
-def measure(each: Architecture, attention: str, exporter: str, opset: int, path: Path) -> Row:
-    """Export (or take the file that is there), locate, patch, compare, revert."""
-    stored = path.with_suffix(".npz")
-    if path.exists() and stored.exists():
-        feeds = dict(np.load(stored))
-    else:
-        feeds = export(each, attention, exporter, opset, path)
-        np.savez(stored, allow_pickle=False, **feeds)
-    file = ModelFile.open(path)
-    found = locate(file.skeleton)
-    fused = [o for o in found.refused if o.op == "Attention"]
-    identical, checked, reverted = None, True, True
-    if found.sites:
-        identical, checked, reverted = _patched(file, found, feeds)
-    return Row(
-        each.name,
-        attention,
-        exporter,
-        opset,
-        each.sites,
-        len(found.sites),
-        len(fused),
-        [o.reason for o in found.refused if o.op != "Attention"],
-        sum(s.facts.causal for s in found.sites),
-        sum(s.facts.cross for s in found.sites),
-        identical,
-        checked,
-        reverted,
-    )
-
-
-def _patched(file: ModelFile, found: Sites, feeds: Arrays) -> tuple[bool | None, bool, bool]:
-    view = GraphView.of(file.skeleton)
-    given = {value.name for value in file.skeleton.graph.input}
-    feeds = {name: array for name, array in feeds.items() if name in given}
-    identical: bool | None = None
-    checked = reverted = True
-    original = _run(file.path, feeds)
-    sha256 = file.sha256()
-    with tempfile.TemporaryDirectory() as folder:
-        detector = column_mean_detector(Path(folder) / "det.onnx", view.opset, NEVER)
-    for strategy in Strategy:
-        treatment = Treatment(Redistribution.UNIFORM, detector)
-        result = Splice({s.name: treatment for s in found.sites}, strategy)(view, found.sites)
-        content = apply(file, Patch(sha256, result.edits), sha256).content()
-        after = ModelFile.from_bytes(content, file.path)
-        onnx.checker.check_model(content)
-        checked &= len(compare(file, after).rewired) >= len(found.sites)
-        reverted &= revert(after).sha256() == sha256
-        if original is not None:
-            changed = Session(content, "cpu", file.folder, threads=1).run(feeds, list(original))
-            same = all(np.array_equal(original[n], changed[n], equal_nan=True) for n in original)
-            identical = same and identical is not False
-    return identical, checked, reverted
-
-
-def _run(path: Path, feeds: Arrays) -> Arrays | None:
-    try:
-        return Session(path, "cpu", threads=1).run(feeds)
-    except AtpatchError:
-        return None
+ZOO = Path(__file__).resolve().parents[2] / "shared" / "data" / "zoo"
+SOFTMAXES = ("Softmax", "BiasSoftmax")
 
 
 def combinations(only: list[str]) -> Iterator[tuple[Architecture, str, str, int]]:
@@ -136,11 +46,47 @@ def combinations(only: list[str]) -> Iterator[tuple[Architecture, str, str, int]
                 yield each, attention, exporter, opset
 
 
+def third_party(zoo: Path) -> dict[str, int]:
+    """The same over a folder of graphs from other projects, with a table of their true counts."""
+    with (zoo / "sites.csv").open() as file:
+        table = list(csv.DictReader(file))
+    found: Counter[str] = Counter()
+    for row in table:
+        model = ModelFile.open(zoo / row["path"])
+        sites = locate(model.skeleton)
+        fused = sum(other.op not in SOFTMAXES for other in sites.refused)
+        plain = len(sites.sites) + len(sites.refused) - fused
+        found["files"] += 1
+        found["unfused sites expected"] += int(row["softmax_attention"])
+        found["unfused sites found"] += plain
+        found["fused sites expected"] += int(row["fused_attention"])
+        found["fused sites refused by name"] += fused
+        exact = (plain, fused) == (int(row["softmax_attention"]), int(row["fused_attention"]))
+        found["files with exactly the expected sites"] += exact
+        content = bytes(model.buffer)
+        again = ModelProto.FromString(content).SerializeToString()
+        found["files that a re-serialisation would change"] += again != content
+        if sites.sites:
+            treatment = Treatment(Redistribution.PRUNE, columns=(0,))
+            splice = Splice({site.name: treatment for site in sites.sites})
+            edits = splice(GraphView.of(model.skeleton), sites.sites).edits
+            patched = apply(model, Patch(model.sha256(), edits)).content()
+            found["files patched"] += 1
+            restored = revert(ModelFile.from_bytes(patched))
+            found["files reverted to the same bytes"] += restored.sha256() == model.sha256()
+            if row["ort_1_31"] in ("run", "loads"):
+                Session(patched, "cpu", model.folder, threads=1)
+                found["patched files that ONNX Runtime loads"] += 1
+                found["of originals that it loads"] += 1
+    return dict(found)
+
+
 def main() -> None:
     """Print one table and write one JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="architectures, comma-separated")
     parser.add_argument("--exports", type=Path, help="folder to keep the exports in, or take from")
+    parser.add_argument("--zoo", type=Path, default=ZOO, help="third-party graphs with sites.csv")
     options = parser.parse_args()
     torch.set_num_threads(1)
     only = [name for name in options.only.split(",") if name]
@@ -173,8 +119,14 @@ def main() -> None:
     }
     for name, value in summary.items():
         print(f"{name}: {value}")
+    zoo = third_party(options.zoo) if options.zoo.exists() else None
+    print(f"third-party graphs: {zoo}")
     if not only:
-        document = {"summary": summary, "rows": [asdict(row) for row in rows]}
+        document = {
+            "summary": summary,
+            "third-party graphs": zoo,
+            "rows": [asdict(row) for row in rows],
+        }
         (RESULTS / "coverage.json").write_text(json.dumps(document, indent=0) + "\n")
 
 

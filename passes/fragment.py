@@ -6,7 +6,7 @@ fragments leave here as edits and hosts never enter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import onnx
@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto
 
-from ..edits import AddInitializer, Edit
+from ..edits import AddInitializer, AddInput, AddNode, Edit
 
 _AXES_AS_INPUT = {
     "ReduceSum": 13,
@@ -48,6 +48,29 @@ class Constants:
     def edits(self) -> Iterator[Edit]:
         """The tensors as edits."""
         return (AddInitializer(tensor) for tensor in self.tensors.values())
+
+
+def stored(edits: Iterable[Edit], ir_version: int) -> tuple[Edit, ...]:
+    """The edits as a host of that IR version takes them.
+
+    Before version 4 every initializer is an input of the graph too; there, tensors that are not
+    meant to be inputs are added as Constant nodes.
+    """
+    edits = tuple(edits)
+    if ir_version >= 4:
+        return edits
+    inputs = {edit.value.name for edit in edits if isinstance(edit, AddInput)}
+    return tuple(
+        _constant(edit.tensor)
+        if isinstance(edit, AddInitializer) and edit.tensor.name not in inputs
+        else edit
+        for edit in edits
+    )
+
+
+def _constant(tensor: TensorProto) -> AddNode:
+    name = tensor.name
+    return AddNode(0, onnx.helper.make_node("Constant", [], [name], name, value=tensor))
 
 
 class Fragment:

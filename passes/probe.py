@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from ..edits import AddNode, AddOutput, Edit
 from .features import Features, add_features
-from .fragment import Constants, Fragment
+from .fragment import Constants, Fragment, stored
 from .graph_view import GraphView
 from .locate import Site
 from .splice import view_4d
@@ -54,4 +54,5 @@ class Probe:
             before = min(use.node for use in site.uses)
             edits += [AddNode(before, node) for node in f.nodes()]
             edits += outputs
-        return [*constants.edits(), *edits], features, maps
+        ready = stored((*constants.edits(), *edits), view.model.ir_version)
+        return list(ready), features, maps

@@ -8,7 +8,7 @@ from onnx import TensorProto
 
 from ..detector import Detector
 from ..edits import AddNode, Edit
-from .fragment import Fragment
+from .fragment import Fragment, stored
 from .graph_view import GraphView
 from .locate import Site
 from .probe import add_output
@@ -39,4 +39,5 @@ class Score:
             splicing.edits += [AddNode(before, node) for node in [*f.nodes(), *nodes]]
             splicing.edits.append(add_output(anomaly, TensorProto.FLOAT))
             outputs[site.name] = anomaly
-        return [*splicing.constants.edits(), *splicing.edits], outputs
+        edits = (*splicing.constants.edits(), *splicing.edits)
+        return list(stored(edits, view.model.ir_version)), outputs

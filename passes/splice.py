@@ -33,7 +33,7 @@ from ..edits import (
     RewireInput,
 )
 from ..errors import InputError
-from .fragment import Constants, Fragment
+from .fragment import Constants, Fragment, stored
 from .graph_view import GraphView
 from .inline import inline, shared_initializers
 from .locate import Site
@@ -125,7 +125,8 @@ class Splicing:
                 AddInitializer(helper.make_tensor(ENABLED, TensorProto.BOOL, [], [True])),
                 AddInput(helper.make_tensor_value_info(ENABLED, TensorProto.BOOL, [])),
             ]
-        return PassResult((*self.constants.edits(), *self.edits), tuple(outcomes))
+        edits = stored((*self.constants.edits(), *self.edits), self.view.model.ir_version)
+        return PassResult(edits, tuple(outcomes))
 
     def patch(self, site: Site, treatment: Treatment) -> Patched:
         """The edits for one site."""
@@ -222,7 +223,7 @@ class Splicing:
     ) -> tuple[list[NodeProto], str, str | None]:
         """The detector's nodes for one site, its anomaly and its benign attention."""
         graph = detector.model.graph
-        bound = dict(self.stored(detector, graph))
+        bound = dict(self.tensors(detector, graph))
         bound["attention"] = attention
         if detector.takes_layer:
             bound["layer"] = self.constants.add(f"layer{layer}", np.array(layer, np.int64))
@@ -232,7 +233,7 @@ class Splicing:
         outputs = {v.name: bound.get(v.name, f"{prefix}/detector/{v.name}") for v in graph.output}
         return nodes, outputs["anomaly"], outputs.get("benign")
 
-    def stored(self, detector: Detector, graph: GraphProto) -> dict[str, str]:
+    def tensors(self, detector: Detector, graph: GraphProto) -> dict[str, str]:
         """The host's names of the detector's tensors, which are added with its first site."""
         if detector.sha256 not in self.detectors:
             number = f"-{len(self.detectors)}" if self.detectors else ""

@@ -13,6 +13,7 @@ import onnx
 import pytest
 
 from atpatch_onnx import api, errors
+
 from bad_input import WEIGHT, Cli, sentence
 
 

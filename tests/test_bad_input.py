@@ -14,6 +14,7 @@ import onnx
 import pytest
 
 from atpatch_onnx.runtime import Array
+
 from bad_input import BIAS, COLUMNS, FIT, GOOD, IDS, PATCH, Cli
 
 DATA: dict[str, tuple[str, dict[str, Array], tuple[str, ...]]] = {

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from atpatch_onnx import errors
+
 from bad_input import COLUMNS, PATCH, WRITERS, Cli, sentence, snapshot
 
 

@@ -50,9 +50,10 @@ def host(fixed: bool, opset: int = 17) -> ModelProto:
     """)
 
 
-def clean(
-    count: int, seed: int, length: int = KEYS, padded: bool = False
-) -> dict[str, NDArray[np.float32]]:
+Floats = dict[str, NDArray[np.float32]]
+
+
+def clean(count: int, seed: int, padded: bool = False) -> Floats:
     rng = np.random.default_rng(seed)
     x = 0.7 * rng.standard_normal((count, KEYS, 4), np.float32)
     x[..., 0] += 1  # what all tokens share, and a trigger can appeal to

@@ -143,6 +143,34 @@ def test_the_detector_is_stored_once_and_its_weights_are_shared(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("strategy", list(Strategy))
+def test_before_ir_version_4_every_initializer_is_an_input(
+    strategy: Strategy, tmp_path: Path
+) -> None:
+    old = attention(9)
+    old.ir_version = 3
+    host = model_file(old)
+    treatment = Treatment(Redistribution.UNIFORM, load(detector(COLUMN_MEAN, opset=9), tmp_path, 9))
+    after, _ = spliced(host, everywhere(treatment, strategy=strategy, toggle=True))
+    found = assert_patch(host, after, rewired=2)
+    assert found.inserted_inputs == found.inserted_initializers
+    feeds = random_feeds()
+    off = run(after, {**feeds, "atpatch/enabled": np.array(False)})
+    assert np.array_equal(off["y"], run(host, feeds)["y"])
+
+
+def test_a_detector_of_another_opset_is_converted(tmp_path: Path) -> None:
+    """The same numbers from a detector written five operator versions earlier."""
+    host = model_file(attention(18))
+    results = []
+    for opset, body in ((13, COLUMN_MEAN), (18, COLUMN_MEAN_18)):
+        found = load(detector(body, threshold=0.2, opset=opset), tmp_path, 18)
+        after, _ = spliced(host, everywhere(Treatment(Redistribution.PRUNE, found)))
+        results.append(run(after, random_feeds())["y"])
+    assert np.array_equal(*results)
+    assert not np.array_equal(results[0], run(host, random_feeds())["y"])
+
+
+@pytest.mark.parametrize("strategy", list(Strategy))
 def test_a_patched_site_is_not_patched_again(strategy: Strategy, tmp_path: Path) -> None:
     treatment = Treatment(Redistribution.PRUNE, load(detector(COLUMN_MEAN), tmp_path))
     after, _ = spliced(model_file(attention(17)), everywhere(treatment, strategy=strategy))
