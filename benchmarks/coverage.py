@@ -122,11 +122,8 @@ def main() -> None:
     zoo = third_party(options.zoo) if options.zoo.exists() else None
     print(f"third-party graphs: {zoo}")
     if not only:
-        document = {
-            "summary": summary,
-            "third-party graphs": zoo,
-            "rows": [asdict(row) for row in rows],
-        }
+        listed = [asdict(row) for row in rows]
+        document = {"summary": summary, "third-party graphs": zoo, "rows": listed}
         (RESULTS / "coverage.json").write_text(json.dumps(document, indent=0) + "\n")
 
 

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto
 
-from ..edits import AddInitializer, AddInput, AddNode, Edit
+from ..edits import AddInitializer, AddNode, Edit
 
 _AXES_AS_INPUT = {
     "ReduceSum": 13,
@@ -53,19 +53,13 @@ class Constants:
 def stored(edits: Iterable[Edit], ir_version: int) -> tuple[Edit, ...]:
     """The edits as a host of that IR version takes them.
 
-    Before version 4 every initializer is an input of the graph too; there, tensors that are not
-    meant to be inputs are added as Constant nodes.
+    Before version 4 every initializer must be an input of the graph too; there, tensors are added
+    as Constant nodes.
     """
     edits = tuple(edits)
     if ir_version >= 4:
         return edits
-    inputs = {edit.value.name for edit in edits if isinstance(edit, AddInput)}
-    return tuple(
-        _constant(edit.tensor)
-        if isinstance(edit, AddInitializer) and edit.tensor.name not in inputs
-        else edit
-        for edit in edits
-    )
+    return tuple(_constant(e.tensor) if isinstance(e, AddInitializer) else e for e in edits)
 
 
 def _constant(tensor: TensorProto) -> AddNode:

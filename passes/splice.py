@@ -32,7 +32,7 @@ from ..edits import (
     Edit,
     RewireInput,
 )
-from ..errors import InputError
+from ..errors import InputError, RefusedError
 from .fragment import Constants, Fragment, stored
 from .graph_view import GraphView
 from .inline import inline, shared_initializers
@@ -110,6 +110,12 @@ class Splicing:
 
     def run(self, sites: tuple[Site, ...]) -> PassResult:
         """Patch each site that has a treatment."""
+        if self.options.toggle and self.view.model.ir_version < 4:
+            raise RefusedError(
+                "--toggle needs inputs with defaults, which a model of IR version "
+                f"{self.view.model.ir_version} cannot have: save it with ir_version 4 or later, or "
+                "patch without --toggle"
+            )
         outcomes: list[Outcome] = []
         for site in sites:
             treatment = self.options.treatments.get(site.name)

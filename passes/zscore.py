@@ -39,7 +39,7 @@ class Tables:
 
 
 def build_zscore(tables: Tables, opset: int, ir_version: int) -> ModelProto:
-    """The detector of `tables`, at an IR version of at least 4, with the signature `attention, layer -> anomaly, benign`.
+    """The detector of `tables`: `attention, layer -> anomaly, benign`; IR version 4 or later.
 
     The score r >= 0 is mapped to r / (1 + r), so that a threshold t on it is t / (1 + t).
     """
