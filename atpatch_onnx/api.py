@@ -1,4 +1,4 @@
-"""The Python API: the commands of the command line as functions, with the same names."""
+"""The Python API: commands of the command line as functions, with the same names."""
 
 from __future__ import annotations
 
@@ -6,44 +6,29 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from .certificate import Certificate, Check, certify
+from .certificate import Check, certify
 from .certificate import verify as verify_files
-from .detector import Detector, check_threshold, load_detector
-from .edits import AddMetadata
-from .errors import CheckError, InputError, RefusedError
+from .detector import Detector
+from .errors import InputError, RefusedError
 from .external_data import check_beside, check_layout, external_files, external_tensors
 from .files import Staging, check_output, write_file
 from .model_file import ModelFile
 from .passes.graph_view import GraphView
-from .passes.locate import Other, Site, Sites, locate
-from .passes.outcome import Outcome, PassResult, Patched
-from .passes.redistribute import Redistribution
-from .passes.splice import Splice, Strategy, Treatment
+from .passes.locate import Other, Sites, locate
+from .passes.outcome import Outcome, PassResult, Skipped
+from .passes.splice import Splice, Strategy
 from .patch_file import load_patch, save_patch
-from .patching import Patch, Rewritten, record_keys
+from .patching import Patch, Rewritten, about_edit, base_sha256, record_keys
 from .patching import apply as apply_edits
 from .patching import revert as revert_file
-from .plan import SitePlan, choose_sites, read_plan, write_plan
+from .plan import read_plan, write_plan
+from .progress import SILENT, Progress, Tick
 from .rehearsal import rehearse
 from .runtime import choose_provider
+from .treatments import Options, check_bindings, choose_treatments
 
 PathLike = str | Path
-SITES_KEY = "atpatch.sites"
-"""Metadata key of the list of patched sites."""
-
-
-class Progress:
-    """Told how far a long step is; this one keeps silent."""
-
-    def start(self, what: str, total: int) -> Callable[[int], object]:
-        """Begin the step `what` of `total` units; the result is called with each advance."""
-        del what, total
-        return lambda _: None
-
-
-SILENT = Progress()
 
 
 @dataclass(frozen=True)
@@ -64,30 +49,28 @@ def inspect(model: PathLike, plan: PathLike | None = None, *, force: bool = Fals
     """
     file = ModelFile.open(model)
     sites = locate(file.skeleton)
-    found = Inspection(
-        file.path, file.sha256(), GraphView.of(file.skeleton).opset, len(file.nodes), sites
-    )
+    opset = GraphView.of(file.skeleton).opset
     if plan is not None:
         check_output(Path(plan), [file.path, *external_files(file)], force=force)
-        write_file(Path(plan), write_plan(sites, file.path, found.sha256).encode())
-    return found
+        write_file(Path(plan), write_plan(sites, file.path, file.sha256).encode())
+    return Inspection(file.path, file.sha256, opset, len(file.nodes), sites)
 
 
 @dataclass(frozen=True)
 class PatchReport:
     """What `patch` or `apply` did: the files it wrote and its word on every site.
 
+    certificate: None where only a patch was written.
     provider: the execution provider that the strategy was chosen for; empty for `apply`.
     """
 
     output: Path
     certificate: Path | None
+    added_bytes: int
     outcomes: tuple[Outcome, ...] = ()
     refused: tuple[Other, ...] = ()
     warnings: tuple[str, ...] = ()
     provider: str = ""
-    sha256: str = ""
-    added_bytes: int = 0
 
 
 def patch(
@@ -115,7 +98,8 @@ def patch(
     detector: ONNX file with the detector ABI; or give `columns` that are always flagged.
     output: by default `MODEL.patched.onnx` beside the model.
     sites: names, glob patterns or indices; by default all.
-    redistribute: "benign" (default with a detector), "uniform" or "prune" (default for columns).
+    redistribute: "benign" (default where the detector knows it), "uniform" or "prune" (default
+        for columns).
     strategy: "guard" (an `If`) or "select" (branch-free); by default what is faster on `ep`.
     ep: where the model will run: "cuda" or "cpu"; by default "cuda" where there is one.
     patch_only: write an `.atpatch` file there instead of a patched model.
@@ -126,57 +110,38 @@ def patch(
         raise InputError("-o and --patch-only exclude each other: give one of them")
     file = ModelFile.open(model)
     check_layout(file)
-    sha256 = file.sha256()
     found = locate(file.skeleton)
-    options = _Options(detector, tuple(columns), redistribute, threshold)
-    plans = read_plan(Path(plan), sha256) if plan is not None else []
     view = GraphView.of(file.skeleton)
-    treatments = _treatments(view, found, sites, plans, options, Path(plan or "."))
+    path = None if detector is None else Path(detector)
+    plan = None if plan is None else Path(plan)
+    plans = [] if plan is None else read_plan(plan, file.sha256)
+    options = Options(view.opset, path, tuple(columns), redistribute, threshold)
+    treatments = choose_treatments(found, sites, plans, plan, options)
     detectors = {t.detector.sha256: t.detector for t in treatments.values() if t.detector}
-    _check_bindings(bind or {}, detectors.values())
+    check_bindings(bind or {}, detectors.values())
     provider = choose_provider(ep)
     splice = Splice(treatments, _strategy(strategy, provider), telemetry, toggle, bind or {})
     result = splice(view, found.sites)
     if not result.patched:
         raise RefusedError(_nothing_patched(file, found, result))
     for one in detectors.values():
-        rehearse(
-            one,
-            [s for s in found.sites if s.name in treatments and treatments[s.name].detector is one],
-        )
-    edits = Patch(sha256, (*result.edits, AddMetadata(_free_key(file), _sites_record(result))))
-    rewritten = apply_edits(file, edits, sha256)
-    sources = [d.path for d in detectors.values()] + ([Path(plan)] if plan else [])
-    said = PatchReport(
-        Path(),
-        None,
-        result.outcomes,
-        found.refused,
-        tuple(_warnings(file, sha256, detectors.values())),
-        provider,
-    )
+        users = {name for name, treatment in treatments.items() if treatment.detector is one}
+        rehearse(one, [site for site in found.sites if site.name in users])
+    about = about_edit(file, _about(result, detectors.values()))
+    edits = Patch(file.sha256, (*result.edits, about))
+    protected = [d.path for d in detectors.values()] + ([plan] if plan else [])
     if patch_only is not None:
-        target = Path(patch_only)
-        protected = [file.path, *external_files(file), *sources]
-        check_output(target, protected, force=force, ours=_is_patch_for(target, sha256))
-        content = save_patch(edits, file)
-        write_file(target, content)
-        return replace(said, output=target, added_bytes=len(content))
-    about = {
-        "sites": [asdict(outcome) for outcome in result.patched],
-        "detectors": [
-            {"file": d.path.name, "sha256": d.sha256, "kind": d.kind, "training": d.training}
-            for d in detectors.values()
-        ],
-    }
-    target = Path(output) if output is not None else file.path.with_suffix(".patched.onnx")
-    written = _write(file, rewritten, target, sources, about, sha256, digests, force, progress)
+        report = _write_patch(file, edits, Path(patch_only), protected, force)
+    else:
+        target = file.path.with_suffix(".patched.onnx") if output is None else Path(output)
+        hashing = _hashing(file, digests, progress)
+        report = _write_model(apply_edits(file, edits), target, protected, hashing, force)
     return replace(
-        said,
-        output=written.output,
-        certificate=written.certificate,
-        sha256=written.sha256,
-        added_bytes=written.added_bytes,
+        report,
+        outcomes=result.outcomes,
+        refused=found.refused,
+        warnings=tuple(_warnings(file, detectors.values())),
+        provider=provider,
     )
 
 
@@ -192,20 +157,9 @@ def apply(
     """Apply an `.atpatch` file to the model it was made for. Raises: InputError, RefusedError."""
     file = ModelFile.open(model)
     check_layout(file)
-    sha256 = file.sha256()
-    rewritten = apply_edits(file, load_patch(patch_file), sha256)
-    about = {"patch": Path(patch_file).name}
-    return _write(
-        file,
-        rewritten,
-        Path(output),
-        [Path(patch_file)],
-        about,
-        sha256,
-        digests,
-        force,
-        progress,
-    )
+    rewritten = apply_edits(file, load_patch(patch_file))
+    hashing = _hashing(file, digests, progress)
+    return _write_model(rewritten, Path(output), [Path(patch_file)], hashing, force)
 
 
 def revert(model: PathLike, *, output: PathLike, force: bool = False) -> Path:
@@ -220,8 +174,8 @@ def revert(model: PathLike, *, output: PathLike, force: bool = False) -> Path:
         restored = revert_file(inner)
     target = Path(output)
     check_beside(file, target)
-    ours = _opened(target, lambda there: there.sha256() == restored.sha256())
-    check_output(target, [file.path, *external_files(file)], force=force, ours=ours)
+    same = _opened(target, lambda there: there.sha256 == restored.sha256)
+    check_output(target, [file.path, *external_files(file)], force=force, ours=same)
     with Staging() as staging:
         staging.add(target, restored.chunks())
     return target
@@ -261,24 +215,6 @@ def certificate_path(patched: Path) -> Path:
     return patched.with_name(f"{patched.stem}.certificate.json")
 
 
-def patched_sites(model: ModelFile) -> list[dict[str, Any]]:
-    """The patched sites that a patched model names: site, flagged value, redistribution, ...
-
-    Raises: CheckError if that list was altered.
-    """
-    keys = (SITES_KEY, f"{SITES_KEY}.")
-    held = [p.value for p in model.skeleton.metadata_props if p.key.startswith(keys)]
-    try:
-        entries = [entry for value in held for entry in json.loads(value)]
-        if all(isinstance(e["site"], str) and isinstance(e["flagged"], str) for e in entries):
-            return entries
-    except (ValueError, TypeError, KeyError):
-        pass
-    raise CheckError(
-        f"the list of patched sites in {model.path} was altered: take a fresh copy of the file"
-    )
-
-
 def _strategy(wanted: str | None, provider: str) -> Strategy:
     """`select` for CUDA, where an `If` costs a synchronisation, `guard` for CPU."""
     if wanted is not None:
@@ -289,90 +225,12 @@ def _strategy(wanted: str | None, provider: str) -> Strategy:
     return Strategy.SELECT if provider == "cuda" else Strategy.GUARD
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What the command line says for every site, unless the plan says otherwise."""
-
-    detector: PathLike | None
-    columns: tuple[int, ...]
-    redistribute: str | None
-    threshold: float | None
-
-
-def _treatments(
-    view: GraphView,
-    found: Sites,
-    wanted: Sequence[str],
-    plans: list[SitePlan],
-    options: _Options,
-    plan_path: Path,
-) -> dict[str, Treatment]:
-    if options.detector and options.columns:
-        raise InputError("--detector and --columns exclude each other: give one of them")
-    if options.columns and options.threshold is not None:
-        raise InputError("--threshold belongs to --detector: --columns are always flagged")
-    if options.threshold is not None:
-        check_threshold(options.threshold, "--threshold")
-    detectors: dict[Path, Detector] = {}
-    by_name = {entry.name: entry for entry in plans}
-    unknown = set(by_name) - {site.name for site in found.sites}
-    if unknown:
-        raise InputError(
-            f"the plan {plan_path} names the site '{sorted(unknown)[0]}', which the "
-            "model does not have: write a new one with inspect --plan"
-        )
-    treatments = {}
-    for site in choose_sites(found.sites, wanted):
-        entry = by_name.get(site.name, SitePlan(site.name, patch=not plans))
-        if entry.patch:
-            treatments[site.name] = _treatment(view, site, entry, options, plan_path, detectors)
-    return treatments
-
-
-def _treatment(
-    view: GraphView,
-    site: Site,
-    entry: SitePlan,
-    options: _Options,
-    plan_path: Path,
-    detectors: dict[Path, Detector],
-) -> Treatment:
-    columns = entry.columns or (() if entry.detector else options.columns)
-    detector = None
-    if not columns:
-        path = plan_path.parent / entry.detector if entry.detector else options.detector
-        if path is None:
-            raise InputError(
-                f"no detector for site '{site.name}': give --detector det.onnx (make one with "
-                "atpatch-onnx fit), or --columns for columns that are known"
-            )
-        path = Path(path)
-        if path not in detectors:
-            detectors[path] = load_detector(path, view.opset, options.threshold)
-        detector = detectors[path]
-    name = entry.redistribute or options.redistribute or ("prune" if columns else "benign")
-    try:
-        mode = Redistribution(name)
-    except ValueError:
-        raise InputError(f"--redistribute {name}: choose benign, uniform or prune") from None
-    if mode is Redistribution.BENIGN and columns:
-        raise InputError(
-            "--redistribute benign needs a detector that knows the benign attention: with "
-            "--columns choose prune or uniform"
-        )
-    threshold = entry.threshold if entry.threshold is not None else options.threshold
-    if entry.threshold is not None:
-        check_threshold(entry.threshold, f"the plan {plan_path}: site '{site.name}': threshold")
-    _check_columns(columns)
-    return Treatment(mode, detector, columns, threshold, entry.heads)
-
-
 def _nothing_patched(file: ModelFile, found: Sites, result: PassResult) -> str:
     if found.sites:
-        reasons = {getattr(o, "reason", "") for o in result.outcomes if not isinstance(o, Patched)}
+        reasons = sorted({o.reason for o in result.outcomes if isinstance(o, Skipped)})
         return (
             f"none of the {len(found.sites)} attention sites of {file.path} is to be patched "
-            f"({'; '.join(sorted(reasons))}): choose others with --sites or in the plan"
+            f"({'; '.join(reasons)}): choose others with --sites or in the plan"
         )
     if found.refused:
         first = found.refused[0]
@@ -386,53 +244,61 @@ def _nothing_patched(file: ModelFile, found: Sites, result: PassResult) -> str:
     )
 
 
-def _free_key(file: ModelFile) -> str:
-    count = len(record_keys(file))
-    return f"{SITES_KEY}.{count + 1}" if count else SITES_KEY
+def _about(result: PassResult, detectors: Iterable[Detector]) -> dict[str, list[dict[str, object]]]:
+    """What a patch says of itself, in the patched model and in its certificate."""
+    return {
+        "sites": [asdict(outcome) for outcome in result.patched],
+        "detectors": [
+            {"file": d.path.name, "sha256": d.sha256, "kind": d.kind, "training": d.training}
+            for d in detectors
+        ],
+    }
 
 
-def _sites_record(result: PassResult) -> str:
-    return json.dumps([asdict(outcome) for outcome in result.patched], separators=(",", ":"))
+def _warnings(file: ModelFile, detectors: Iterable[Detector]) -> Iterator[str]:
+    for detector in detectors:
+        if detector.host_sha256 not in (None, file.sha256):
+            yield (
+                f"{detector.path} was fitted for another model than {file.path}: its statistics "
+                "and threshold may not hold here; fit it again"
+            )
 
 
-def _hashing(file: ModelFile, digests: bool, progress: Progress) -> Callable[[int], object] | None:
-    tensors = external_tensors(file) if digests else []
-    if not tensors:
+def _hashing(file: ModelFile, digests: bool, progress: Progress) -> Tick | None:
+    """What to tell while external weights are hashed; None if they are not to be."""
+    if not digests or not external_tensors(file):
         return None
     return progress.start("reading external weights", check_layout(file))
 
 
-def _write(
-    file: ModelFile,
-    rewritten: Rewritten,
-    target: Path,
-    sources: list[Path],
-    about: dict[str, Any],
-    sha256: str,
-    digests: bool,
-    force: bool,
-    progress: Progress,
+def _write_patch(
+    file: ModelFile, edits: Patch, target: Path, protected: list[Path], force: bool
 ) -> PatchReport:
-    """Write the patched model and its certificate, together."""
+    """Write a patch file, after trying whether it applies."""
+    apply_edits(file, edits)
+    ours = _is_patch_for(target, file.sha256)
+    check_output(target, [file.path, *external_files(file), *protected], force=force, ours=ours)
+    content = save_patch(edits, file)
+    write_file(target, content)
+    return PatchReport(target, None, len(content))
+
+
+def _write_model(
+    rewritten: Rewritten, target: Path, protected: list[Path], hashing: Tick | None, force: bool
+) -> PatchReport:
+    """Write a patched model and its certificate, together."""
+    file = rewritten.source
     check_beside(file, target)
     certificate = certificate_path(target)
-    protected = [file.path, *external_files(file), *sources]
-    ours = _opened(target, lambda there: _patched_from(there) == sha256)
-    check_output(target, protected, force=force, ours=ours)
-    check_output(certificate, protected, force=force, ours=ours)
+    ours = _opened(target, lambda there: base_sha256(there) == file.sha256)
+    for path in (target, certificate):
+        check_output(path, [file.path, *external_files(file), *protected], force=force, ours=ours)
     with Staging() as staging:
         staged = staging.add(target, rewritten.chunks())
         result = replace(ModelFile.open(staged), path=target)
-        proof: Certificate = certify(
-            file, result, about, sha256, external=_hashing(file, digests, progress)
-        )
+        proof = certify(file, result, hashing)
         staging.add(certificate, [json.dumps(proof.as_dict(), indent=1).encode()])
-    return PatchReport(
-        target,
-        certificate,
-        sha256=proof.result.sha256,
-        added_bytes=rewritten.size - file.size,
-    )
+    return PatchReport(target, certificate, rewritten.size - file.size)
 
 
 def _opened(path: Path, holds: Callable[[ModelFile], bool]) -> bool:
@@ -443,41 +309,8 @@ def _opened(path: Path, holds: Callable[[ModelFile], bool]) -> bool:
         return False
 
 
-def _patched_from(model: ModelFile) -> str | None:
-    """The digest of what a patched model was made from, as it says itself."""
-    keys = record_keys(model)
-    try:
-        return json.loads(model.metadata(keys[-1]) or "")["base_sha256"] if keys else None
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
 def _is_patch_for(path: Path, sha256: str) -> bool:
     try:
         return path.is_file() and load_patch(path).base_sha256 == sha256
     except (InputError, OSError):
         return False
-
-
-def _check_bindings(bindings: Mapping[str, str], detectors: Iterable[Detector]) -> None:
-    known = {name for detector in detectors for name in detector.extra_inputs}
-    unknown = sorted(set(bindings) - known)
-    if unknown:
-        listed = ", ".join(sorted(known)) or "none besides attention and layer"
-        raise InputError(
-            f"--bind {unknown[0]}=...: no detector has such an input (found: {listed})"
-        )
-
-
-def _check_columns(columns: Sequence[int]) -> None:
-    if any(abs(column) >= 2**31 for column in columns):
-        raise InputError(f"--columns {max(columns, key=abs)}: no map has so many columns")
-
-
-def _warnings(file: ModelFile, sha256: str, detectors: Iterable[Detector]) -> Iterator[str]:
-    for detector in detectors:
-        if detector.host_sha256 not in (None, sha256):
-            yield (
-                f"{detector.path} was fitted for another model than {file.path}: its statistics "
-                "and threshold may not hold here; fit it again"
-            )

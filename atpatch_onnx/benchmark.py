@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from .api import SILENT, PathLike, Progress
+from .api import PathLike
 from .data import load_samples
 from .errors import InputError, at_least
 from .external_data import check_layout
 from .model_file import ModelFile
+from .progress import SILENT, Progress
 from .runtime import Arrays, InputSpec, Session, choose_provider, onnxruntime
 
 PAUSE_S = 0.02
@@ -62,6 +64,7 @@ def bench(
     inputs: data to run on; by default random numbers of the model's shapes, with `batch` samples
     and `length` for every other free dimension.
     threads: for ONNX Runtime; 0: its own choice.
+    Raises: InputError for unusable files, inputs or options.
     """
     for least, value, option in (
         (1, runs, "--runs"),
@@ -112,7 +115,9 @@ def bench(
     )
 
 
-def stepper(session: Session, feeds: Arrays, outputs: Sequence[str], provider: str) -> Any:
+def stepper(
+    session: Session, feeds: Arrays, outputs: Sequence[str], provider: str
+) -> Callable[[], object]:
     """A function that runs once and waits; on CUDA with inputs and outputs bound to the device."""
     if provider == "cpu":
         return lambda: session.session.run(list(outputs), feeds)
@@ -160,8 +165,6 @@ def random_feeds(inputs: Sequence[InputSpec], batch: int, length: int, seed: int
 
 def machine(provider: str) -> dict[str, str]:
     """What a result was measured on: for the JSON of a benchmark."""
-    import os
-
     ort = onnxruntime()
     names = ("onnxruntime-gpu", "onnxruntime")
     found = {
@@ -177,8 +180,6 @@ def machine(provider: str) -> dict[str, str]:
 
 
 def _installed(name: str) -> bool:
-    from importlib.metadata import PackageNotFoundError
-
     try:
         version(name)
     except PackageNotFoundError:
@@ -187,8 +188,6 @@ def _installed(name: str) -> bool:
 
 
 def _device() -> str:
-    import subprocess
-
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -26,12 +26,12 @@ from .model_file import (
     MODEL_OPSET,
     ModelFile,
 )
-from .patching import Rewritten, record_keys, revert
+from .patching import Rewritten, about_patches, record_keys, revert
+from .progress import Tick
 from .wire import Field
 
 FORMAT = 1
 PREFIX = "atpatch/"
-Progress = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -76,19 +76,22 @@ class Difference:
     inserted_opsets: list[str] = field(default_factory=list)
     inserted_metadata: list[str] = field(default_factory=list)
     rewired: list[RewiredSlot] = field(default_factory=list)
-    removed: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """Digests of base and result, the original tensors, and every difference between the two."""
+    """Digests of base and result, the original tensors, and every difference between the two.
+
+    patches: what the result says of its patches: sites, detectors, training records.
+    versions: what made the certificate.
+    """
 
     base: FileDigest
     result: FileDigest
     original_nodes: int
     initializers: list[TensorEntry]
     difference: Difference
-    patch: dict[str, Any]
+    patches: list[dict[str, Any]]
     versions: dict[str, str]
     format: int = FORMAT
 
@@ -97,32 +100,24 @@ class Certificate:
         return asdict(self)
 
 
-def certify(
-    base: ModelFile,
-    result: ModelFile,
-    patch: dict[str, Any],
-    base_sha256: str | None = None,
-    result_sha256: str | None = None,
-    external: Progress | None = None,
-) -> Certificate:
+def certify(base: ModelFile, result: ModelFile, external: Tick | None = None) -> Certificate:
     """Compare `result` with `base`, byte by byte.
 
-    patch: what was done and with which detector, to be told, not checked.
     external: given, the external weights are read and hashed, with its progress.
     Raises: CheckError if anything differs that a patch may not change.
     """
     return Certificate(
-        base=FileDigest(base.path.name, base_sha256 or base.sha256(), base.size),
-        result=FileDigest(result.path.name, result_sha256 or result.sha256(), result.size),
+        base=FileDigest(base.path.name, base.sha256, base.size),
+        result=FileDigest(result.path.name, result.sha256, result.size),
         original_nodes=len(base.nodes),
         initializers=list(_initializers(base, external)),
         difference=compare(base, result),
-        patch=patch,
+        patches=about_patches(result),
         versions={name: version(name) for name in ("atpatch-onnx", "onnx", "onnx-graphsurgeon")},
     )
 
 
-def _initializers(model: ModelFile, progress: Progress | None) -> Iterator[TensorEntry]:
+def _initializers(model: ModelFile, progress: Tick | None) -> Iterator[TensorEntry]:
     outside = {tensor.name: tensor for tensor in external_tensors(model)}
     for place, tensor in zip(model.initializers, model.skeleton.graph.initializer, strict=True):
         kind, shape = TensorProto.DataType.Name(tensor.data_type), list(tensor.dims)
@@ -267,7 +262,7 @@ def verify(
     base: ModelFile,
     result: ModelFile,
     certificate: dict[str, Any] | None,
-    external: Progress | None = None,
+    external: Tick | None = None,
 ) -> list[Check]:
     """Recompute everything from the two files; compare with `certificate` where there is one.
 
@@ -284,7 +279,7 @@ def verify(
     found: list[Certificate] = []
 
     def differences() -> str:
-        found.append(certify(base, result, {}, external=external))
+        found.append(certify(base, result, external))
         d = found[0].difference
         return (
             f"{len(base.initializers)} tensors and {len(base.nodes)} nodes of the original are "
@@ -294,7 +289,9 @@ def verify(
 
     check("only additions", differences)
     check("reverts to the original", lambda: _check_revert(base, result))
-    if certificate is not None:
+    if certificate is None:
+        checks.append(Check("certificate", True, "none is there to compare with"))
+    else:
         check("certificate", lambda: _check_certificate(certificate, found))
     return checks
 
@@ -303,7 +300,7 @@ def _check_revert(base: ModelFile, result: ModelFile) -> str:
     if not record_keys(result):
         raise CheckError(f"{result.path} carries no patch, so that nothing can be reverted")
     restored: Rewritten = revert(result)
-    found, wanted = restored.sha256(), base.sha256()
+    found, wanted = restored.sha256, base.sha256
     if found != wanted:
         raise CheckError(
             f"{result.path} reverts to a file with SHA-256 {found[:12]}..., which is not "
@@ -318,24 +315,26 @@ def _check_certificate(claimed: dict[str, Any], found: list[Certificate]) -> str
     _check_form(claimed)
     actual = found[0].as_dict()
     for side in ("base", "result"):
-        if claimed.get(side, {}).get("sha256") != actual[side]["sha256"]:
-            raise CheckError(
-                f"the certificate is for another {side} file (SHA-256 "
-                f"{str(claimed.get(side, {}).get('sha256'))[:12]}..., found "
-                f"{actual[side]['sha256'][:12]}...)"
-            )
-    if claimed.get("difference") != actual["difference"]:
-        raise CheckError("the certificate lists other differences than the files show")
+        for key in ("sha256", "size_bytes"):
+            if claimed[side].get(key) != actual[side][key]:
+                raise CheckError(
+                    f"the certificate is for another {side} file: its {key} is "
+                    f"{str(claimed[side].get(key))[:12]}, found {str(actual[side][key])[:12]}"
+                )
+    for key in ("format", "original_nodes", "difference", "patches"):
+        if claimed.get(key) != actual[key]:
+            what = "other differences" if key == "difference" else f"another '{key}'"
+            raise CheckError(f"the certificate lists {what} than the files show")
     hashed = [t for t in actual["initializers"] if t["external"] is None]
     unread = []
-    for mine, theirs in zip(actual["initializers"], claimed.get("initializers", []), strict=False):
+    if len(actual["initializers"]) != len(claimed["initializers"]):
+        raise CheckError("the certificate lists another number of tensors")
+    for mine, theirs in zip(actual["initializers"], claimed["initializers"], strict=True):
         if mine["external"] is not None and (mine["sha256"] is None or theirs["sha256"] is None):
             unread.append(mine["name"])
             mine, theirs = ({**t, "sha256": None} for t in (mine, theirs))
         if mine != theirs:
             raise CheckError(f"the tensor '{mine['name']}' is not the one of the certificate")
-    if len(actual["initializers"]) != len(claimed.get("initializers", [])):
-        raise CheckError("the certificate lists another number of tensors")
     note = f"; {len(unread)} external tensors compared by reference only" if unread else ""
     return f"all digests agree ({len(hashed)} tensors by content{note})"
 

@@ -12,11 +12,10 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from typer._click.exceptions import ClickException
 
 from . import api, show
-from .errors import AtpatchError, CheckError, InputError
-from .runtime import one_sentence
+from .errors import AtpatchError, CheckError, InputError, one_sentence
+from .progress import Progress, Tick
 
 app = typer.Typer(
     name="atpatch-onnx",
@@ -43,15 +42,15 @@ SiteNames = Annotated[
 ]
 
 
-class Bars(api.Progress):
+class Bars(Progress):
     """Progress bars on the error stream, where a person is looking."""
 
     def __init__(self) -> None:
-        from rich.progress import Progress
+        from rich.progress import Progress as RichProgress
 
-        self.bars = Progress(console=err, transient=True, disable=not err.is_terminal)
+        self.bars = RichProgress(console=err, transient=True, disable=not err.is_terminal)
 
-    def start(self, what: str, total: int) -> Callable[[int], object]:
+    def start(self, what: str, total: int) -> Tick:
         """Begin a bar."""
         task = self.bars.add_task(what, total=total)
         return lambda count: self.bars.advance(task, count)
@@ -299,9 +298,7 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         held = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         kind = type(value).__name__
-        return (
-            {"outcome": kind.lower(), **held} if kind in ("Patched", "Skipped", "Refused") else held
-        )
+        return {"outcome": kind.lower(), **held} if kind in ("Patched", "Skipped") else held
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -340,14 +337,16 @@ def main() -> None:
         sys.exit(code if isinstance(code, int) else 0)
     except AtpatchError as error:
         _fail(error, error.exit_code)
-    except ClickException as error:  # usage: an unknown option, a missing argument, a wrong type
+    except (
+        typer.TyperException
+    ) as error:  # usage: an unknown option, a missing argument, a wrong type
         _fail(InputError(_usage(error)), 2)
     except (KeyboardInterrupt, typer.Abort):
         _say("interrupted; nothing was written")
         sys.exit(INTERRUPTED)
 
 
-def _usage(error: ClickException) -> str:
+def _usage(error: typer.TyperException) -> str:
     """What is wrong with the command line, with the value that is wrong."""
     message = one_sentence(error.format_message()).rstrip(".")
     options = getattr(getattr(error, "param", None), "opts", [])

@@ -53,6 +53,11 @@ class Samples:
         return sha.hexdigest()
 
 
+def batch_size(feeds: Arrays) -> int:
+    """The number of samples in a batch, padding included."""
+    return max((len(array) for array in feeds.values() if array.ndim), default=1)
+
+
 def load_arrays(path: str | Path) -> Arrays:
     """The arrays of an `.npz`, or of an `.npy` under the key "". Raises: InputError."""
     path = Path(path)
@@ -123,8 +128,8 @@ def _checked(array: Array, spec: InputSpec, source: str) -> Array:
         raise wrong
     if spec.dtype is None:
         raise InputError(
-            f"the input '{spec.name}' of the model has a type that .npz files cannot hold: "
-            "use the Python API with an ONNX Runtime session of your own"
+            f"the input '{spec.name}' of the model has a type that .npz files cannot hold (text or "
+            "a 16-bit or smaller float): export the model with float32 or float16 inputs"
         )
     if array.dtype == spec.dtype:
         return array

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .api import SILENT, Progress, patch, verify
+from .api import patch, verify
 from .benchmark import Timing, bench
 from .data import samples_from
 from .diffing import Comparison, diff, flagged_share
 from .errors import CheckError, InputError
 from .fitting import FitReport, fit
 from .model_file import ModelFile
+from .progress import SILENT, Progress
 from .runtime import Session, choose_provider
 
 FALSE_POSITIVE_BUDGET = 0.01

@@ -19,10 +19,10 @@ import onnx.inliner
 import onnx.version_converter
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
-from .errors import InputError, RefusedError
+from .errors import InputError, RefusedError, first_line
 from .external_data import check_layout
 from .model_file import ModelFile
-from .patching import subgraphs
+from .passes.graph_view import subgraphs
 
 ABI_VERSION = "1"
 _SIGNATURE = "attention: float32 [B, H, Q, K] -> anomaly: float32 [B, 1 or H, 1, K]"
@@ -114,7 +114,7 @@ def load_detector(path: str | Path, opset: int, threshold: float | None = None) 
     return Detector(
         path=file.path,
         model=_at_opset(file.path, model, opset),
-        sha256=file.sha256(),
+        sha256=file.sha256,
         kind=metadata.get("atpatch.kind", "custom"),
         threshold=value,
         sites=tuple(sites),
@@ -225,9 +225,8 @@ def _at_opset(path: Path, model: ModelProto, opset: int) -> ModelProto:
         converted = onnx.version_converter.convert_version(model, opset)
         onnx.checker.check_model(converted, full_check=True)
     except Exception as error:  # the converter raises whatever its adapters raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RefusedError(
             f"the detector {path} is written at opset {own} and cannot be converted to the "
-            f"model's opset {opset} ({first[:160]}): export it at opset {opset}"
+            f"model's opset {opset} ({first_line(error)}): export it at opset {opset}"
         ) from None
     return converted

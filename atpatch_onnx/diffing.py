@@ -9,24 +9,28 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from .api import SILENT, PathLike, Progress, patched_sites
+from .api import PathLike
 from .certificate import Difference, compare
-from .data import Samples, load_samples
+from .data import Samples, batch_size, load_samples
 from .edits import Edit
 from .errors import CheckError, RefusedError, at_least
 from .external_data import check_layout
 from .model_file import ModelFile
 from .passes.probe import add_output
-from .patching import Patch, apply, names
+from .patching import about_patches, names
+from .probed import Probed, flagged_columns
+from .progress import SILENT, Progress
 from .runtime import Array, Arrays, Session, choose_provider
 
 
 @dataclass
 class OutputDifference:
-    """How far an output moved. Samples are entries of axis 0.
+    """How far an output moved. A sample is an entry of axis 0 where that is the batch.
 
-    maximum: largest absolute difference; agreement: share of samples with the same arg-max over
-    the last axis, for outputs `[N, classes]`.
+    maximum: largest absolute difference.
+    samples, identical, unflagged_changed: how many samples there were, are the same bit for bit,
+    and moved though nothing was flagged in them.
+    agreeing: samples with the same arg-max, for outputs `[N, classes]`; None for others.
     """
 
     name: str
@@ -91,7 +95,7 @@ def diff(
         flagged_inputs += int(flagged.sum())
         old, new = before.run(feeds), after.run(feeds, before.outputs)
         for name, found in outputs.items():
-            _add(found, old[name], new[name], flagged)
+            add_output_difference(found, old[name], new[name], flagged, batch_size(feeds))
         tick(real)
     moved = any(found.unflagged_changed for found in outputs.values())
     return Comparison(
@@ -112,7 +116,7 @@ class FlagReader:
     """
 
     def __init__(self, model: ModelFile, provider: str) -> None:
-        entries = patched_sites(model)
+        entries = [site for about in about_patches(model) for site in about["sites"]]
         if not entries:
             raise RefusedError(f"{model.path} does not say what was patched: patch it again")
         self.sites = [SiteFlags(entry["site"]) for entry in entries]
@@ -129,18 +133,16 @@ class FlagReader:
         edits: list[Edit] = [
             add_output(v, TensorProto.BOOL) for v in dict.fromkeys(read) if v not in present
         ]
-        sha256 = model.sha256()
-        content = apply(model, Patch(sha256, tuple(edits)), sha256).content()
-        self._session = Session(content, provider, model.folder)
+        self._session = Probed(model, edits, provider).session
 
     def read(self, feeds: Arrays, real: int) -> NDArray[np.bool_]:
         """Which of the first `real` samples are flagged at any site; counts them site by site."""
         read = [v for v in dict.fromkeys(self._values) if v not in self._constant]
         values: Arrays = {**self._constant, **(self._session.run(feeds, read) if read else {})}
-        batch = max((len(v) for v in feeds.values() if v.ndim), default=1)
+        batch = batch_size(feeds)
         anywhere = np.zeros(real, bool)
         for site, name in zip(self.sites, self._values, strict=True):
-            columns = _columns(values[name], batch)[:real]
+            columns = flagged_columns(values[name], batch)[:real]
             site.inputs += int(columns.any(axis=1).sum())
             for column, count in enumerate(columns.sum(axis=0)):
                 if count:
@@ -156,19 +158,12 @@ def _stored(model: ModelFile, name: str) -> Array:
     return stored
 
 
-def _columns(flagged: Array, batch: int) -> NDArray[np.bool_]:
-    """Which columns are flagged in each sample, `[B, K]`, whatever the windows and heads."""
-    keys = flagged.shape[-1]
-    if flagged.shape[0] % batch:
-        row = flagged.reshape(-1, keys).any(axis=0)
-        return np.broadcast_to(row, (batch, keys))
-    return np.asarray(flagged.reshape(batch, -1, keys).any(axis=1), np.bool_)
-
-
-def _add(found: OutputDifference, old: Array, new: Array, flagged: NDArray[np.bool_]) -> None:
-    if old.ndim == 0 or len(old) < len(flagged):  # no batch axis: the batch is one sample
-        _add(found, old[None], new[None], np.array([flagged.any()]))
-        return
+def add_output_difference(
+    found: OutputDifference, old: Array, new: Array, flagged: NDArray[np.bool_], batch: int
+) -> None:
+    """Add a batch of `batch` samples, of which the first `len(flagged)` are no padding."""
+    if old.ndim == 0 or len(old) != batch:  # no batch axis: the batch is one sample
+        old, new, flagged = old[None], new[None], np.array([flagged.any()])
     real = len(flagged)
     old, new = old[:real], new[:real]
     pairs = zip(old, new, strict=True)

@@ -20,13 +20,6 @@ class AddNode:
 
 
 @dataclass(frozen=True)
-class RemoveNode:
-    """Take out node `index` of the base graph (only to open a fused operator)."""
-
-    index: int
-
-
-@dataclass(frozen=True)
 class AddInitializer:
     """Add a tensor under a new name."""
 
@@ -73,13 +66,4 @@ class AddMetadata:
     value: str
 
 
-Edit = (
-    AddNode
-    | RemoveNode
-    | AddInitializer
-    | RewireInput
-    | AddInput
-    | AddOutput
-    | AddOpsetImport
-    | AddMetadata
-)
+Edit = AddNode | AddInitializer | RewireInput | AddInput | AddOutput | AddOpsetImport | AddMetadata

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class AtpatchError(Exception):
     """Base of every error a user can cause; `exit_code` is what the command line returns."""
@@ -29,3 +31,20 @@ class CheckError(AtpatchError):
     """A check failed: the files are not what their certificate, patch or digest says."""
 
     exit_code = 1
+
+
+def reason(error: OSError) -> str:
+    """Why the system would not do something, as part of a sentence."""
+    return (error.strerror or str(error)).lower()
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error message, short enough for a sentence."""
+    text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error)).strip()
+    line = text.splitlines()[0] if text else type(error).__name__
+    return one_sentence(line)[:300].rstrip(". ")
+
+
+def one_sentence(text: str) -> str:
+    """Several sentences as one, on one line."""
+    return re.sub(r"[.!?]\s+(?=[A-Z])", "; ", " ".join(text.split()))

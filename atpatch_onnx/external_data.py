@@ -13,7 +13,8 @@ from pathlib import Path
 from onnx import TensorProto
 
 from .errors import InputError, RefusedError
-from .model_file import ModelFile, Progress, digest
+from .model_file import ModelFile, digest
+from .progress import Tick
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def check_beside(model: ModelFile, output: Path) -> None:
         )
 
 
-def external_digest(model: ModelFile, tensor: ExternalTensor, progress: Progress | None) -> str:
+def external_digest(model: ModelFile, tensor: ExternalTensor, progress: Tick | None) -> str:
     """SHA-256 of the bytes of one external tensor."""
     path = model.folder / tensor.location
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

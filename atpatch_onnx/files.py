@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from .errors import InputError
+from .errors import InputError, reason
 
 Chunks = Iterable[bytes | memoryview]
 
@@ -163,5 +163,5 @@ def _explained(error: OSError, path: Path) -> InputError:
     elif error.errno in (errno.ENOENT, errno.ENOTDIR):
         fix = "its folder does not exist: create it or choose another place with -o"
     else:
-        fix = (error.strerror or str(error)).lower()
+        fix = reason(error)
     return InputError(f"cannot write {path}: {fix}; nothing was written")

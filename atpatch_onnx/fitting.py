@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .api import SILENT, PathLike, Progress
+from .api import PathLike
+from .calibration import Calibration
 from .data import load_samples
 from .errors import InputError, RefusedError, at_least
 from .external_data import check_layout, external_files
@@ -16,8 +17,9 @@ from .files import check_output, write_file
 from .model_file import ModelFile
 from .passes.locate import locate
 from .plan import choose_sites
+from .progress import SILENT, Progress
 from .runtime import Session, choose_provider
-from .statistics import Calibration, fit_zscore
+from .zscore_fitting import ZScoreFit
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ def fit(
 
     data: `.npz` or `.npy` with the model's inputs, one sample an entry of axis 0.
     fpr: how many clean inputs may be flagged, as a rate, over all sites together.
+    seed: which inputs are held out; batch: inputs a run; ep: execution provider, cuda or cpu.
     Raises: InputError, RefusedError. Nothing is written then.
     """
     if kind != "zscore":
@@ -77,9 +80,7 @@ def fit(
                 "attention to learn from"
             )
     tick = progress.start("fitting", 2 * samples.count)
-    detector, calibration = fit_zscore(
-        file, chosen, samples, provider, fpr=fpr, seed=seed, batch=batch, progress=tick
-    )
+    detector, calibration = ZScoreFit(file, chosen, provider, batch, tick)(samples, fpr, seed)
     write_file(target, detector.SerializeToString())
     return FitReport(target, kind, provider, tuple(s.name for s in chosen), calibration)
 
@@ -88,7 +89,7 @@ def _fitted_for(path: Path, file: ModelFile) -> bool:
     """Whether the file at `path` is a detector that was fitted for this model before."""
     try:
         return (
-            path.is_file() and ModelFile.open(path).metadata("atpatch.host.sha256") == file.sha256()
+            path.is_file() and ModelFile.open(path).metadata("atpatch.host.sha256") == file.sha256
         )
     except (InputError, OSError):
         return False

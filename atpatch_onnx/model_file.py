@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, NodeProto, TensorProto
 
-from .errors import InputError
+from .errors import InputError, reason
+from .passes.graph_view import subgraphs
+from .progress import Tick
 from .wire import LEN, Buffer, Field, WireError, delimited, fields
 
 MODEL_GRAPH, MODEL_OPSET, MODEL_METADATA = 7, 8, 14
@@ -27,7 +29,6 @@ SKELETON_BYTES = 4096
 """A tensor encoded in more bytes than this is in the skeleton by name, type and shape only."""
 
 _TENSOR_DATA = frozenset((4, 5, 6, 7, 9, 10, 11))  # float_data ... uint64_data, raw_data
-Progress = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,7 @@ class ModelFile:
                 size = file.seek(0, 2)
                 buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
         except OSError as error:
-            why = (error.strerror or str(error)).lower()
-            raise InputError(f"cannot read the model {path}: {why}") from error
+            raise InputError(f"cannot read the model {path}: {reason(error)}") from error
         return cls(path, buffer, size)._checked()
 
     @classmethod
@@ -142,23 +142,32 @@ class ModelFile:
         place = self.initializers[index]
         return TensorProto.FromString(bytes(self.buffer[place.payload : place.end]))
 
-    def sha256(self, progress: Progress | None = None) -> str:
+    @cached_property
+    def sha256(self) -> str:
         """SHA-256 of the file, without its external weights."""
-        return digest(memoryview(self.buffer), progress)
+        return digest(memoryview(self.buffer))
 
     def tensors(self) -> Iterator[TensorProto]:
-        """Every TensorProto of the main graph and of the attributes of its nodes."""
-        yield from self.skeleton.graph.initializer
-        for node in self.skeleton.graph.node:
-            for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    yield attribute.t
-                yield from attribute.tensors
-                for graph in (attribute.g, *attribute.graphs):
-                    yield from graph.initializer
+        """Every TensorProto: initializers and attributes, of all graphs and functions."""
+        yield from _tensors(self.skeleton.graph.initializer, self.skeleton.graph.node)
+        for function in self.skeleton.functions:
+            yield from _tensors((), function.node)
 
 
-def digest(view: memoryview, progress: Progress | None = None, step: int = 1 << 22) -> str:
+def _tensors(
+    initializers: Iterable[TensorProto], nodes: Iterable[NodeProto]
+) -> Iterator[TensorProto]:
+    yield from initializers
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+        for graph in subgraphs(node):
+            yield from _tensors(graph.initializer, graph.node)
+
+
+def digest(view: memoryview, progress: Tick | None = None, step: int = 1 << 22) -> str:
     """SHA-256 of a buffer, read in steps of `step` bytes; `progress(n)` after each n bytes."""
     sha = hashlib.sha256()
     for start in range(0, len(view), step):

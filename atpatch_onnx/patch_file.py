@@ -22,13 +22,12 @@ from .edits import (
     AddOpsetImport,
     AddOutput,
     Edit,
-    RemoveNode,
     RewireInput,
 )
-from .errors import InputError
+from .errors import InputError, reason
 from .model_file import ModelFile
-from .passes.graph_view import GraphView
-from .patching import Patch, subgraphs
+from .passes.graph_view import GraphView, subgraphs
+from .patching import Patch
 
 FORMAT = 1
 
@@ -87,7 +86,7 @@ def load_patch(path: str | Path) -> Patch:
             raise broken
         return Patch(metadata["atpatch.patch.base_sha256"], tuple(_edits(model, listed)))
     except OSError as error:
-        raise InputError(f"cannot read {path}: {(error.strerror or '').lower()}") from None
+        raise InputError(f"cannot read {path}: {reason(error)}") from None
     except (DecodeError, ValueError, KeyError, IndexError, TypeError):
         raise broken from None
 
@@ -124,8 +123,6 @@ def _edit_list(patch: Patch) -> Iterator[list[Any]]:
         match edit:
             case AddNode(before, node):
                 yield ["add_node", before, node.name]
-            case RemoveNode(index):
-                yield ["remove_node", index]
             case AddInitializer(tensor):
                 yield ["add_initializer", tensor.name]
             case RewireInput(index, slot, old, new):
@@ -141,7 +138,7 @@ def _edit_list(patch: Patch) -> Iterator[list[Any]]:
 
 
 def _edits(model: ModelProto, listed: list[list[Any]]) -> Iterator[Edit]:
-    kinds = {"add_node": (int, str), "remove_node": (int,), "rewire_input": (int, int, str, str)}
+    kinds = {"add_node": (int, str), "rewire_input": (int, int, str, str)}
     if any(
         tuple(map(type, rest)) != kinds.get(kind, tuple(map(type, rest))) for kind, *rest in listed
     ):
@@ -156,8 +153,6 @@ def _edits(model: ModelProto, listed: list[list[Any]]) -> Iterator[Edit]:
         match kind:
             case "add_node":
                 yield AddNode(rest[0], next(nodes))
-            case "remove_node":
-                yield RemoveNode(rest[0])
             case "add_initializer":
                 yield AddInitializer(tensors[rest[0]])
             case "rewire_input":

@@ -12,8 +12,10 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-from onnx import ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto
+from onnx import ModelProto, OperatorSetIdProto, StringStringEntryProto
 
 from .edits import (
     AddInitializer,
@@ -23,7 +25,6 @@ from .edits import (
     AddOpsetImport,
     AddOutput,
     Edit,
-    RemoveNode,
     RewireInput,
 )
 from .errors import CheckError, InputError, RefusedError
@@ -37,7 +38,11 @@ from .model_file import (
     NODE_INPUT,
     ModelFile,
 )
+from .passes.graph_view import subgraphs
 from .wire import LEN, Field, Replacement, delimited, fields, growth, header, replaced
+
+ABOUT_KEY = "atpatch.patch"
+"""Metadata key of what a patch is: JSON with its sites and detectors."""
 
 RECORD_KEY = "atpatch.record"
 """Metadata key of the record; that of a second patch on top is `atpatch.record.2`, and so on."""
@@ -77,6 +82,7 @@ class Rewritten:
         """The content as one object, for an ONNX Runtime session."""
         return b"".join(self.chunks())
 
+    @cached_property
     def sha256(self) -> str:
         """SHA-256 of the content."""
         sha = hashlib.sha256()
@@ -85,14 +91,13 @@ class Rewritten:
         return sha.hexdigest()
 
 
-def apply(model: ModelFile, patch: Patch, base_sha256: str | None = None) -> Rewritten:
+def apply(model: ModelFile, patch: Patch) -> Rewritten:
     """The patched model.
 
-    base_sha256: the digest of `model`, where the caller has it already.
     Raises: RefusedError for a patch of another model, a name that is taken, or a file that would
     pass the 2 GiB limit of protobuf.
     """
-    if (base_sha256 or model.sha256()) != patch.base_sha256:
+    if model.sha256 != patch.base_sha256:
         raise RefusedError(
             f"the patch is for a model with SHA-256 {patch.base_sha256[:12]}..., and {model.path} "
             "is another file: patch this model again from its detector"
@@ -131,11 +136,52 @@ def revert(model: ModelFile) -> Rewritten:
         if not _in_order(replacements, model.size):
             raise altered
         result = Rewritten(model, tuple(replacements))
-        if result.sha256() != record["base_sha256"]:
+        if result.sha256 != record["base_sha256"]:
             raise altered
     except (ValueError, KeyError, TypeError):
         raise altered from None
     return result
+
+
+def base_sha256(model: ModelFile) -> str | None:
+    """The digest of what a patched model was made from, as it says itself."""
+    keys = record_keys(model)
+    try:
+        found = json.loads(model.metadata(keys[-1]) or "")["base_sha256"] if keys else None
+    except (ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def about_patches(model: ModelFile) -> list[dict[str, Any]]:
+    """What the patches that `model` carries say of themselves, oldest first.
+
+    Each has `sites` (site, flagged value, redistribution, strategy, threshold) and `detectors`.
+    Raises: CheckError if that was altered.
+    """
+    held = [p for p in model.skeleton.metadata_props if _is_key(p.key, ABOUT_KEY)]
+    try:
+        found = [json.loads(entry.value) for entry in held]
+        for about in found:
+            for site in about["sites"]:
+                if not isinstance(site["site"], str) or not isinstance(site["flagged"], str):
+                    raise ValueError
+    except (ValueError, TypeError, KeyError):
+        raise CheckError(
+            f"what {model.path} says of its patch was altered: take a fresh copy of the file"
+        ) from None
+    return found
+
+
+def about_edit(model: ModelFile, about: dict[str, Any]) -> AddMetadata:
+    """The edit that lets a patch of `model` say what it is."""
+    before = len(record_keys(model))
+    key = ABOUT_KEY if before == 0 else f"{ABOUT_KEY}.{before + 1}"
+    return AddMetadata(key, json.dumps(about, separators=(",", ":")))
+
+
+def _is_key(key: str, base: str) -> bool:
+    return key == base or key.startswith(f"{base}.")
 
 
 def _in_order(replacements: list[Replacement], size: int) -> bool:
@@ -194,8 +240,6 @@ def _compile(model: ModelFile, edits: tuple[Edit, ...]) -> list[Replacement]:
             case AddNode(before, node):
                 offset = nodes[before].start if before < len(nodes) else graph.end
                 insert(offset, GRAPH_NODE, node.SerializeToString())
-            case RemoveNode(index):
-                inside.append(Replacement(nodes[index].start, nodes[index].end, b""))
             case AddInitializer(tensor):
                 insert(graph.end, GRAPH_INITIALIZER, tensor.SerializeToString())
             case AddInput(value):
@@ -222,7 +266,7 @@ def _compile(model: ModelFile, edits: tuple[Edit, ...]) -> list[Replacement]:
 def _check_places(edits: Iterable[Edit], count: int) -> None:
     """Raises: RefusedError for an edit at a node that the model does not have."""
     for edit in edits:
-        place = {AddNode: "before", RemoveNode: "index", RewireInput: "node"}.get(type(edit))
+        place = {AddNode: "before", RewireInput: "node"}.get(type(edit))
         if place is not None and not 0 <= getattr(edit, place) <= count - (place != "before"):
             raise RefusedError(
                 f"the patch edits node {getattr(edit, place)} of a model with {count} nodes: patch "
@@ -293,8 +337,3 @@ def names(model: ModelProto) -> Iterator[str]:
             yield f"node {node.name}"
             graphs += subgraphs(node)
     yield from (f"metadata {entry.key}" for entry in model.metadata_props)
-
-
-def subgraphs(node: NodeProto) -> list:  # type: ignore[type-arg]
-    """The graphs in a node's attributes (`If`, `Loop`, `Scan`, generation operators)."""
-    return [g for a in node.attribute for g in ([a.g] if a.HasField("g") else []) + list(a.graphs)]

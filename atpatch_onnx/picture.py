@@ -9,13 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from .api import patched_sites
 from .model_file import ModelFile
 from .passes.graph_view import GraphView
 from .passes.locate import locate
 from .passes.probe import add_output
-from .patching import Patch, apply
-from .runtime import Session
+from .patching import about_patches
+from .probed import Probed
 
 Image = NDArray[np.float32]
 
@@ -28,10 +27,7 @@ def draw_attention(
     Three rows: the clean image in the original, the bad image in the original, the bad image in
     the patched model. Shapes: clean, bad `[C, S, S]`, for a Vision Transformer with [CLS] first.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     before, after = _column_means(model, patched, provider, np.stack([clean, bad]))
     rows = [
@@ -40,13 +36,8 @@ def draw_attention(
         ("triggered image, patched model", bad, {s: m[1] for s, m in after.items()}),
     ]
     sites = list(before)
-    figure, axes = pyplot.subplots(
-        len(rows),
-        len(sites) + 1,
-        figsize=(2.1 * (len(sites) + 1), 2.45 * len(rows)),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = Figure(figsize=(2.1 * (len(sites) + 1), 2.45 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(sites) + 1, squeeze=False)
     top = max(float(m[1:].max()) for _, _, maps in rows for m in maps.values())
     drawn = None
     for line, (title, image, maps) in zip(axes, rows, strict=True):
@@ -64,7 +55,6 @@ def draw_attention(
     bar = figure.colorbar(drawn, ax=axes, shrink=0.7)
     bar.set_label("attention received, times the uniform share", fontsize=9)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def _column_means(
@@ -72,7 +62,7 @@ def _column_means(
 ) -> tuple[dict[str, Image], dict[str, Image]]:
     """Mean attention of each column over heads and queries, times K, by site, `[N, K]`."""
     base, result = ModelFile.open(model), ModelFile.open(patched)
-    named = {entry["site"] for entry in patched_sites(result)}
+    named = {site["site"] for about in about_patches(result) for site in about["sites"]}
     sites = [site for site in locate(base.skeleton).sites if site.name in named]
     nodes = GraphView.of(result.skeleton).nodes
     by_name = {node.name: node for node in nodes}
@@ -89,8 +79,8 @@ def _column_means(
 def _read(
     file: ModelFile, provider: str, values: dict[str, str], images: Image
 ) -> dict[str, Image]:
-    edits = tuple(add_output(value, TensorProto.FLOAT) for value in values.values())
-    session = Session(apply(file, Patch(file.sha256(), edits)).content(), provider, file.folder)
+    edits = [add_output(value, TensorProto.FLOAT) for value in values.values()]
+    session = Probed(file, edits, provider).session
     outputs = session.run({session.inputs[0].name: images}, list(values.values()))
     return {
         site: outputs[value].mean(axis=(1, 2)) * outputs[value].shape[-1]

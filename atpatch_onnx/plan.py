@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, RefusedError
+from .errors import InputError, RefusedError, reason
 from .passes.locate import Site, Sites
 
 
@@ -23,11 +23,17 @@ class SitePlan:
     threshold: float | None = None
     redistribute: str | None = None
     columns: tuple[int, ...] = ()
-    heads: int | None = None
 
 
-_KEYS = {"name", "patch", "detector", "threshold", "redistribute", "columns", "heads"}
-_INFORMATION = {"form", "causal", "cross", "shape"}
+_KINDS: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "patch": (bool,),
+    "detector": (str,),
+    "threshold": (int, float),
+    "redistribute": (str,),
+    "columns": (list,),
+}
+_INFORMATION = {"form", "heads", "causal", "cross"}
 
 
 def write_plan(sites: Sites, model: Path, sha256: str) -> str:
@@ -63,7 +69,7 @@ def read_plan(path: Path, sha256: str) -> list[SitePlan]:
         with path.open("rb") as file:
             document = tomllib.load(file)
     except OSError as error:
-        raise InputError(f"cannot read the plan {path}: {(error.strerror or '').lower()}") from None
+        raise InputError(f"cannot read the plan {path}: {reason(error)}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"the plan {path} is not valid TOML: {error}") from None
     if document.get("sha256") != sha256:
@@ -86,33 +92,24 @@ def read_plan(path: Path, sha256: str) -> list[SitePlan]:
 
 
 def _site_plan(path: Path, entry: dict[str, Any]) -> SitePlan:
-    unknown = set(entry) - _KEYS - _INFORMATION
+    unknown = set(entry) - set(_KINDS) - _INFORMATION
     if unknown:
         raise InputError(
             f"the plan {path} sets '{sorted(unknown)[0]}' for site '{entry['name']}', which is not "
-            f"known: choose from {', '.join(sorted(_KEYS))}"
+            f"known: choose from {', '.join(_KINDS)}"
         )
-    kinds = {
-        "name": str,
-        "patch": bool,
-        "detector": str,
-        "threshold": (int, float),
-        "redistribute": str,
-        "columns": list,
-        "heads": int,
-    }
-    for key, kind in kinds.items():
+    for key, kinds in _KINDS.items():
         wrong = key in entry and (
-            not isinstance(entry[key], kind)  # type: ignore[arg-type]
-            or (isinstance(entry[key], bool) and kind is not bool)
-            or (kind is list and any(type(item) is not int for item in entry[key]))
+            not isinstance(entry[key], kinds)
+            or (isinstance(entry[key], bool) and bool not in kinds)
+            or (list in kinds and any(type(item) is not int for item in entry[key]))
         )
         if wrong:
             raise InputError(
                 f"the plan {path} sets {key} = {entry[key]!r} for site '{entry['name']}', which "
                 "has the wrong type"
             )
-    values = {key: entry[key] for key in _KEYS & set(entry)}
+    values = {key: entry[key] for key in _KINDS if key in entry}
     if "columns" in values:
         values["columns"] = tuple(values["columns"])
     return SitePlan(**values)

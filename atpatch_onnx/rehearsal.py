@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from .detector import Detector
-from .errors import InputError, RefusedError
+from .errors import InputError, RefusedError, first_line
 from .passes.locate import Site
-from .runtime import Array, Session, first_line
+from .runtime import Array, Session
 
 
 def rehearse(detector: Detector, sites: list[Site]) -> None:

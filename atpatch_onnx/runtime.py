@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InputError, RefusedError
+from .errors import InputError, RefusedError, first_line
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -153,15 +152,3 @@ class Session:
                 "against what the model expects"
             ) from None
         return dict(zip(names, values, strict=True))
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error message, short enough for a sentence."""
-    text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error)).strip()
-    line = text.splitlines()[0] if text else type(error).__name__
-    return one_sentence(line)[:300].rstrip(". ")
-
-
-def one_sentence(text: str) -> str:
-    """Several sentences as one, on one line."""
-    return re.sub(r"[.!?]\s+(?=[A-Z])", "; ", " ".join(text.split()))

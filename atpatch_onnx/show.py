@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from .diffing import Comparison
     from .fitting import FitReport
 
-escaped = escape
-
 
 def inspection_json(found: Inspection) -> dict[str, Any]:
     """The document of `inspect --json`."""
@@ -113,10 +111,9 @@ def fitted(console: Console, report: FitReport) -> None:
         f"{c.calibration_inputs} others: expect {c.expected_fpr:.2%} of clean inputs flagged"
     )
     if not c.honoured:
-        needed = int(1 / c.budget)
         console.print(
             f"[yellow]the budget of {c.budget:.2%} cannot be promised with "
-            f"{c.calibration_inputs} held-out inputs: give at least {2 * needed} clean inputs[/]"
+            f"{c.calibration_inputs} held-out inputs: give at least {c.inputs_needed} clean ones[/]"
         )
 
 
@@ -176,7 +173,7 @@ def comparison(console: Console, found: Comparison) -> None:
     console.print(
         f"graph: {len(d.inserted_nodes)} nodes, {len(d.inserted_initializers)} tensors, "
         f"{len(d.inserted_inputs)} inputs, {len(d.inserted_outputs)} outputs added; "
-        f"{len(d.rewired)} input slots rewired; {len(d.removed)} removed"
+        f"{len(d.rewired)} input slots rewired"
     )
     table = _table("rewired node", "slot", "read before", "reads now")
     for slot in d.rewired:

@@ -89,7 +89,7 @@ def _patched(file: ModelFile, found: Sites, feeds: Arrays) -> tuple[bool | None,
     identical: bool | None = None
     checked = reverted = True
     original = _run(file.path, feeds)
-    sha256 = file.sha256()
+    sha256 = file.sha256
     with tempfile.TemporaryDirectory() as folder:
         detector = column_mean_detector(Path(folder) / "det.onnx", view.opset, NEVER)
     for strategy in Strategy:
@@ -99,7 +99,7 @@ def _patched(file: ModelFile, found: Sites, feeds: Arrays) -> tuple[bool | None,
         after = ModelFile.from_bytes(content, file.path)
         onnx.checker.check_model(content)
         checked &= len(compare(file, after).rewired) >= len(found.sites)
-        reverted &= revert(after).sha256() == sha256
+        reverted &= revert(after).sha256 == sha256
         if original is not None:
             changed = Session(content, "cpu", file.folder, threads=1).run(feeds, list(original))
             same = all(np.array_equal(original[n], changed[n], equal_nan=True) for n in original)

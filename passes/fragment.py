@@ -37,8 +37,8 @@ class Constants:
     def add(self, name: str, value: NDArray[np.generic]) -> str:
         """Store `value` under `<prefix>/<name>`; returns the full name."""
         full = f"{self.prefix}/{name}"
-        if full not in self.tensors:
-            self.tensors[full] = onnx.numpy_helper.from_array(value, full)
+        tensor = onnx.numpy_helper.from_array(value, full)
+        assert self.tensors.setdefault(full, tensor) == tensor, f"two tensors are called {full}"
         return full
 
     def value(self, name: str) -> gs.Variable:
@@ -50,7 +50,7 @@ class Constants:
         return (AddInitializer(tensor) for tensor in self.tensors.values())
 
 
-def stored(edits: Iterable[Edit], ir_version: int) -> tuple[Edit, ...]:
+def as_stored(edits: Iterable[Edit], ir_version: int) -> tuple[Edit, ...]:
     """The edits as a host of that IR version takes them.
 
     Before version 4 every initializer must be an input of the graph too; there, tensors are added
@@ -92,7 +92,7 @@ class Fragment:
 
     def number(self, value: float, dtype: type[np.floating] = np.float32) -> str:
         """A float scalar."""
-        return self.constants.add(f"{np.dtype(dtype).name}({value:g})", np.array(value, dtype))
+        return self.constants.add(f"{np.dtype(dtype).name}({value!r})", np.array(value, dtype))
 
     def axes_op(
         self, op: str, value: str, axes: Sequence[int], name: str, **attributes: object

@@ -112,7 +112,7 @@ class GraphView:
         # Control-flow nodes capture values, so that they vary although they may have no inputs.
         queue = list(found)
         for node in self.nodes:
-            if any(a.HasField("g") for a in node.attribute):
+            if subgraphs(node):
                 queue += node.output
         found.update(queue)
         for value in queue:  # a work list, because not every model is topologically sorted
@@ -238,6 +238,11 @@ def int_attribute(node: NodeProto, name: str, default: int) -> int:
     """An integer attribute, or its default."""
     found = attribute(node, name)
     return default if found is None else int(found.i)
+
+
+def subgraphs(node: NodeProto) -> list[GraphProto]:
+    """The graphs in a node's attributes (`If`, `Loop`, `Scan`, generation operators)."""
+    return [g for a in node.attribute for g in ([a.g] if a.HasField("g") else []) + list(a.graphs)]
 
 
 def domain(node: NodeProto) -> str:

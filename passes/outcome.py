@@ -1,4 +1,4 @@
-"""What a pass says about every site: done, left alone, or declined. Never silence."""
+"""What a pass says about every site: done or left alone. What is refused, `locate` has said."""
 
 from __future__ import annotations
 
@@ -29,16 +29,7 @@ class Skipped:
     reason: str
 
 
-@dataclass(frozen=True)
-class Refused:
-    """Cannot be done; `fix` says what to do about it."""
-
-    site: str
-    reason: str
-    fix: str
-
-
-Outcome = Patched | Skipped | Refused
+Outcome = Patched | Skipped
 
 
 @dataclass(frozen=True)

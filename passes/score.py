@@ -8,12 +8,12 @@ from onnx import TensorProto
 
 from ..detector import Detector
 from ..edits import AddNode, Edit
-from .fragment import Fragment, stored
+from .fragment import Constants, Fragment, as_stored
 from .graph_view import GraphView
+from .inline import Inliner
 from .locate import Site
 from .probe import add_output
-from .redistribute import Redistribution
-from .splice import Splice, Splicing, Treatment, view_4d
+from .views import view_4d
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,18 @@ class Score:
         self, view: GraphView, sites: tuple[Site, ...]
     ) -> tuple[list[Edit], dict[str, str]]:
         """The edits; by site, the output with its anomaly `[B, 1 or H, 1, K]`."""
-        treatment = Treatment(Redistribution.PRUNE, self.detector)
-        splicing = Splicing(Splice({site.name: treatment for site in sites}), view)
+        constants = Constants("atpatch/shared")
+        inliner = Inliner(view, constants, {})
+        edits: list[Edit] = []
         outputs: dict[str, str] = {}
         for site in sites:
-            f = Fragment(f"atpatch/{site.name}", view.opset, splicing.constants)
+            f = Fragment(f"atpatch/{site.name}", view.opset, constants)
             before = min(use.node for use in site.uses)
-            whole = view_4d(f, site, None)
-            attention = f.cast(whole, TensorProto.FLOAT, "attention")
+            attention = f.cast(view_4d(f, site), TensorProto.FLOAT, "attention")
             layer = self.detector.layer_of(site.name, site.index) or 0
-            nodes, anomaly, _ = splicing.detector(self.detector, f.prefix, attention, layer, before)
-            splicing.edits += [AddNode(before, node) for node in [*f.nodes(), *nodes]]
-            splicing.edits.append(add_output(anomaly, TensorProto.FLOAT))
+            nodes, anomaly, _ = inliner.place(self.detector, f.prefix, attention, layer, before)
+            edits += [AddNode(before, node) for node in [*f.nodes(), *nodes]]
+            edits.append(add_output(anomaly, TensorProto.FLOAT))
             outputs[site.name] = anomaly
-        edits = (*splicing.constants.edits(), *splicing.edits)
-        return list(stored(edits, view.model.ir_version)), outputs
+        shared = (*constants.edits(), *inliner.edits)
+        return list(as_stored((*shared, *edits), view.model.ir_version)), outputs

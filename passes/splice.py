@@ -20,25 +20,25 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
-from onnx import GraphProto, NodeProto, TensorProto, helper
+from onnx import TensorProto, helper
 
 from ..detector import Detector
 from ..edits import (
     AddInitializer,
     AddInput,
     AddNode,
-    AddOpsetImport,
     AddOutput,
     Edit,
     RewireInput,
 )
 from ..errors import InputError, RefusedError
-from .fragment import Constants, Fragment, stored
+from .fragment import Constants, Fragment, as_stored
 from .graph_view import GraphView
-from .inline import inline, shared_initializers
+from .inline import Inliner
 from .locate import Site
 from .outcome import Outcome, PassResult, Patched, Skipped
 from .redistribute import Redistribution, redistribute
+from .views import view_4d
 
 ENABLED = "atpatch/enabled"
 THRESHOLD = "atpatch/threshold"
@@ -60,14 +60,12 @@ class Treatment:
     detector: flags columns; None where `columns` are given instead.
     columns: key positions that are always flagged; negative ones count from the end.
     threshold: overrides the detector's.
-    heads: for 3-D probabilities `[B*H, Q, K]` whose graph does not say how many heads there are.
     """
 
     redistribution: Redistribution
     detector: Detector | None = None
     columns: tuple[int, ...] = ()
     threshold: float | None = None
-    heads: int | None = None
 
     @property
     def effective_threshold(self) -> float | None:
@@ -84,7 +82,8 @@ class Splice:
     treatments: by site name.
     strategy: `guard` or `select`.
     telemetry: add an output `atpatch/<site>/flagged` for each patched site.
-    toggle: add overridable inputs `atpatch/enabled` (bool) and `atpatch/threshold` (float32).
+    toggle: add overridable inputs `atpatch/enabled` (bool) and `atpatch/threshold` (float32; one
+        for each site, `atpatch/<site>/threshold`, where sites have different ones).
     bindings: host values for further detector inputs, by input name.
     """
 
@@ -96,17 +95,18 @@ class Splice:
 
     def __call__(self, view: GraphView, sites: tuple[Site, ...]) -> PassResult:
         """The edits and an outcome for each of `sites`. Raises: InputError."""
-        return Splicing(self, view).run(sites)
+        return _Splicing(self, view).run(sites)
 
 
-class Splicing:
+class _Splicing:
     """One run of the pass: what sites share is kept here."""
 
     def __init__(self, options: Splice, view: GraphView) -> None:
         self.options, self.view = options, view
         self.constants = Constants("atpatch/shared")
+        self.inliner = Inliner(view, self.constants, options.bindings)
         self.edits: list[Edit] = []
-        self.detectors: dict[str, dict[str, str]] = {}
+        self.thresholds: set[float] = set()
 
     def run(self, sites: tuple[Site, ...]) -> PassResult:
         """Patch each site that has a treatment."""
@@ -116,14 +116,18 @@ class Splicing:
                 f"{self.view.model.ir_version} cannot have: save it with ir_version 4 or later, or "
                 "patch without --toggle"
             )
+        chosen = {site.name: self.options.treatments.get(site.name) for site in sites}
+        reasons = {site.name: _skip(site, chosen[site.name]) for site in sites}
+        self.thresholds = {
+            t.effective_threshold
+            for name, t in chosen.items()
+            if t is not None and t.effective_threshold is not None and not reasons[name]
+        }
         outcomes: list[Outcome] = []
         for site in sites:
-            treatment = self.options.treatments.get(site.name)
-            if treatment is None:
-                outcomes.append(Skipped(site.name, "not chosen"))
-            elif treatment.detector and treatment.detector.layer_of(site.name, site.index) is None:
-                reason = f"{treatment.detector.path} was not fitted for this site"
-                outcomes.append(Skipped(site.name, reason))
+            treatment = chosen[site.name]
+            if treatment is None or reasons[site.name]:
+                outcomes.append(Skipped(site.name, reasons[site.name]))
             else:
                 outcomes.append(self.patch(site, treatment))
         if self.options.toggle and any(isinstance(o, Patched) for o in outcomes):
@@ -131,7 +135,8 @@ class Splicing:
                 AddInitializer(helper.make_tensor(ENABLED, TensorProto.BOOL, [], [True])),
                 AddInput(helper.make_tensor_value_info(ENABLED, TensorProto.BOOL, [])),
             ]
-        edits = stored((*self.constants.edits(), *self.edits), self.view.model.ir_version)
+        shared = (*self.constants.edits(), *self.inliner.edits)
+        edits = as_stored((*shared, *self.edits), self.view.model.ir_version)
         return PassResult(edits, tuple(outcomes))
 
     def patch(self, site: Site, treatment: Treatment) -> Patched:
@@ -139,7 +144,7 @@ class Splicing:
         prefix = f"atpatch/{site.name}"
         before = min(use.node for use in site.uses)
         f = Fragment(prefix, self.view.opset, self.constants)
-        whole = view_4d(f, site, treatment.heads)
+        whole = view_4d(f, site)
         nodes = []
         benign = None
         if treatment.detector is None:
@@ -150,7 +155,7 @@ class Splicing:
             nodes += f.nodes()
             f = Fragment(prefix, self.view.opset, self.constants)
             layer = treatment.detector.layer_of(site.name, site.index) or 0
-            copied, anomaly, benign = self.detector(
+            copied, anomaly, benign = self.inliner.place(
                 treatment.detector, prefix, attention, layer, before
             )
             nodes += copied
@@ -224,83 +229,13 @@ class Splicing:
         wide = site.elem_type in (TensorProto.FLOAT, TensorProto.DOUBLE)
         return self.options.strategy if wide else Strategy.SELECT
 
-    def detector(
-        self, detector: Detector, prefix: str, attention: str, layer: int, before: int
-    ) -> tuple[list[NodeProto], str, str | None]:
-        """The detector's nodes for one site, its anomaly and its benign attention."""
-        graph = detector.model.graph
-        bound = dict(self.tensors(detector, graph))
-        bound["attention"] = attention
-        if detector.takes_layer:
-            bound["layer"] = self.constants.add(f"layer{layer}", np.array(layer, np.int64))
-        for name in detector.extra_inputs:
-            bound[name] = self.bound(detector, name, before)
-        nodes = inline(graph, f"{prefix}/detector", bound)
-        outputs = {v.name: bound.get(v.name, f"{prefix}/detector/{v.name}") for v in graph.output}
-        return nodes, outputs["anomaly"], outputs.get("benign")
-
-    def tensors(self, detector: Detector, graph: GraphProto) -> dict[str, str]:
-        """The host's names of the detector's tensors, which are added with its first site."""
-        if detector.sha256 not in self.detectors:
-            number = f"-{len(self.detectors)}" if self.detectors else ""
-            tensors = shared_initializers(graph, f"atpatch/detector{number}")
-            self.edits += [AddInitializer(tensor) for tensor in tensors.values()]
-            self.detectors[detector.sha256] = {old: t.name for old, t in tensors.items()}
-            imported = {o.domain for o in self.view.model.opset_import}
-            self.edits += [
-                AddOpsetImport(o.domain, o.version)
-                for o in detector.model.opset_import
-                if o.domain == "ai.onnx.ml" and o.domain not in imported
-            ]
-        return self.detectors[detector.sha256]
-
-    def bound(self, detector: Detector, name: str, before: int) -> str:
-        """The host value that a further detector input reads. Raises: InputError."""
-        value = self.options.bindings.get(name)
-        if value is None:
-            raise InputError(
-                f"the input '{name}' of the detector {detector.path} is not bound: say which value "
-                f"of the model it reads with --bind {name}=VALUE"
-            )
-        graph_inputs = {v.name for v in self.view.model.graph.input}
-        made = self.view.producers.get(value)
-        if value not in graph_inputs and value not in self.view.initializers and made is None:
-            raise InputError(f"--bind {name}={value}: the model has no value '{value}'")
-        if made is not None and made >= before:
-            raise InputError(
-                f"--bind {name}={value}: that value is computed only behind the site; bind one "
-                "that is computed before it"
-            )
-        self.check_type(detector, name, value)
-        return value
-
-    def check_type(self, detector: Detector, name: str, value: str) -> None:
-        """Raises: InputError where a bound value has another type or rank than the input wants."""
-        wanted = next(v.type.tensor_type for v in detector.inputs if v.name == name)
-        found = self.view.types.get(value)
-        if found is None:
-            return
-        ranks = (len(wanted.shape.dim) if wanted.HasField("shape") else None, found.shape)
-        other_rank = None not in ranks and ranks[0] != len(found.shape or ())
-        if found.elem_type != wanted.elem_type or other_rank:
-            kinds = [
-                TensorProto.DataType.Name(t).lower() for t in (found.elem_type, wanted.elem_type)
-            ]
-            rank = None if found.shape is None else len(found.shape)
-            raise InputError(
-                f"--bind {name}={value}: the value is {kinds[0]} of rank {rank}, the detector "
-                f"{detector.path} expects {kinds[1]} of rank {ranks[0]}: bind one that fits, or "
-                "convert it in the detector"
-            )
-
     def threshold(self, f: Fragment, site: Site, treatment: Treatment) -> str:
         """The site's threshold: a constant, or an overridable input under `toggle`."""
         value = treatment.effective_threshold
         assert value is not None
         if not self.options.toggle:
             return f.constants.add(f"threshold({value:.9g})", np.array(value, np.float32))
-        values = {t.effective_threshold for t in self.options.treatments.values()}
-        name = THRESHOLD if len(values) == 1 else f"atpatch/{site.name}/threshold"
+        name = THRESHOLD if len(self.thresholds) == 1 else f"atpatch/{site.name}/threshold"
         if not any(isinstance(e, AddInput) and e.value.name == name for e in self.edits):
             self.edits += [
                 AddInitializer(helper.make_tensor(name, TensorProto.FLOAT, [], [value])),
@@ -343,25 +278,11 @@ class Splicing:
         return f.cast(mask, TensorProto.BOOL, "columns")
 
 
-def view_4d(f: Fragment, site: Site, heads: int | None) -> str:
-    """The probabilities as `[B, H, Q, K]`: leading axes but the heads are samples.
-
-    A 3-D map `[B*H, Q, K]` needs the number of heads; where nobody knows it, every head is taken
-    for a sample of its own.
-    """
-    value = site.probabilities
-    if site.rank == 4:
-        return value
-    if site.rank == 2:
-        return f.axes_op("Unsqueeze", value, [0, 1], "map")
-    known = heads or site.facts.heads or 1
-    if site.rank == 3 and known == 1:
-        return f.axes_op("Unsqueeze", value, [1], "map")
-    shape = f.op("Shape", value, name="shape")
-    if site.rank == 3:
-        tail = f.slice(shape, 1, 3, 0, "queries_keys")
-        target = f.op("Concat", f.ints(-1, known), tail, name="map_shape", axis=0)
-    else:
-        tail = f.slice(shape, 2, 5, 0, "heads_queries_keys")
-        target = f.op("Concat", f.ints(-1), tail, name="map_shape", axis=0)
-    return f.op("Reshape", value, target, name="map")
+def _skip(site: Site, treatment: Treatment | None) -> str:
+    """Why a site is left alone; "" if it is not."""
+    if treatment is None:
+        return "not chosen"
+    detector = treatment.detector
+    if detector is not None and detector.layer_of(site.name, site.index) is None:
+        return f"{detector.path} was not fitted for this site"
+    return ""

@@ -88,8 +88,9 @@ def edited(name: str, change: Callable[[dict[str, str]], None]) -> None:
 
 
 def test_altered_metadata(shell: Cli) -> None:
-    for sites in ("[", "5", "[{}]", '[{"site": "s", "flagged": "gone"}]'):
-        edited("patched.onnx", lambda held, sites=sites: held.update({"atpatch.sites": sites}))  # type: ignore[misc]
+    gone = '{"sites": [{"site": "s", "flagged": "gone"}], "detectors": []}'
+    for about in ("[", "5", '{"sites": [{}]}', gone):
+        edited("patched.onnx", lambda held, about=about: held.update({"atpatch.patch": about}))  # type: ignore[misc]
         shell.fails("diff model.onnx patched.onnx --inputs clean.npz", 1, "patched.onnx", "altered")
         shell.fails("revert patched.onnx -o new.onnx", 1, "altered")
 

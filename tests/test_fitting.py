@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 import atpatch_onnx
+from atpatch_onnx.calibration import calibrate
 from atpatch_onnx.errors import InputError
 from atpatch_onnx.model_file import ModelFile
 from atpatch_onnx.passes.features import FIRST, FLOOR, HIDDEN, INTERIOR, LAST, SECOND
 from atpatch_onnx.passes.graph_view import GraphView
 from atpatch_onnx.passes.locate import locate
 from atpatch_onnx.passes.probe import Probe
-from atpatch_onnx.statistics import calibrate
 
 from hosts import attention, edited, model_file, random_feeds, run, save_arrays
 

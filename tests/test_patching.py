@@ -17,7 +17,6 @@ from atpatch_onnx.edits import (
     AddNode,
     AddOpsetImport,
     Edit,
-    RemoveNode,
     RewireInput,
 )
 from atpatch_onnx.errors import CheckError, RefusedError
@@ -122,7 +121,7 @@ def test_revert_gives_back_the_same_bytes(encoding: str) -> None:
     found = assert_patch(before, after, rewired=2, added=2)
     assert [slot.new for slot in found.rewired] == ["atpatch/a", "atpatch/b"]
     restored = revert(ModelFile.from_bytes(after.content()))
-    assert restored.sha256() == hashlib.sha256(content).hexdigest()
+    assert restored.sha256 == hashlib.sha256(content).hexdigest()
 
 
 def test_what_no_edit_names_survives() -> None:
@@ -159,16 +158,9 @@ def test_a_name_that_is_taken_is_refused() -> None:
 
 def test_a_patch_for_another_model_is_refused() -> None:
     with pytest.raises(RefusedError, match="another file"):
-        apply(model_file(attention(17)), Patch(model_file(rich_host()).sha256(), EDITS))
+        apply(model_file(attention(17)), Patch(model_file(rich_host()).sha256, EDITS))
     with pytest.raises(RefusedError, match="expects 'elsewhere'"):
         edited(model_file(attention(17)), (RewireInput(3, 0, "elsewhere", "q"),))
-
-
-def test_removing_a_node_is_undone_too() -> None:
-    host = model_file(attention(17))
-    after = edited(host, (RemoveNode(2), RewireInput(3, 0, "t0", "s0")))
-    assert len(ModelProto.FromString(after.content()).graph.node) == 8
-    assert revert(ModelFile.from_bytes(after.content())).content() == bytes(host.buffer)
 
 
 @pytest.mark.parametrize("position", [0.1, 0.5, 0.9, 0.97])
@@ -193,7 +185,7 @@ def test_patch_files_hold_the_whole_patch(tmp_path) -> None:  # type: ignore[no-
         AddOpsetImport("ai.onnx.ml", 3),
         AddMetadata("atpatch.note", "x"),
     )
-    patch = Patch(host.sha256(), edits)
+    patch = Patch(host.sha256, edits)
     path = tmp_path / "fix.atpatch"
     path.write_bytes(save_patch(patch, host))
     onnx.checker.check_model(path)

@@ -52,7 +52,7 @@ def test_every_file_with_a_site_is_patched_and_reverts(zoo: Path) -> None:
         treatment = Treatment(Redistribution.PRUNE, columns=(0,))
         after, _ = spliced(file, Splice({site.name: treatment for site in sites}))
         content = after.content()
-        assert revert(ModelFile.from_bytes(content)).sha256() == file.sha256()
+        assert revert(ModelFile.from_bytes(content)).sha256 == file.sha256
         patched += 1
         if _checks(file.path):
             assert_patch(file, after, rewired=len(sites))

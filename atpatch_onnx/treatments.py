@@ -1,0 +1,114 @@
+"""From the command line and a plan to what is done at each site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .detector import Detector, check_threshold, load_detector
+from .errors import InputError
+from .passes.locate import Site, Sites
+from .passes.redistribute import Redistribution
+from .passes.splice import Treatment
+from .plan import SitePlan, choose_sites
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says for every site, unless the plan says otherwise.
+
+    opset: of the model, at which detectors must be had.
+    """
+
+    opset: int
+    detector: Path | None
+    columns: tuple[int, ...]
+    redistribute: str | None
+    threshold: float | None
+
+    def check(self) -> None:
+        """Raises: InputError for options that exclude each other or have no such value."""
+        if self.detector and self.columns:
+            raise InputError("--detector and --columns exclude each other: give one of them")
+        if self.columns and self.threshold is not None:
+            raise InputError("--threshold belongs to --detector: --columns are always flagged")
+        if self.threshold is not None:
+            check_threshold(self.threshold, "--threshold")
+
+
+def choose_treatments(
+    found: Sites, wanted: Sequence[str], plans: list[SitePlan], plan: Path | None, options: Options
+) -> dict[str, Treatment]:
+    """What to do at each chosen site, by name. Raises: InputError, RefusedError."""
+    options.check()
+    by_name = {entry.name: entry for entry in plans}
+    unknown = set(by_name) - {site.name for site in found.sites}
+    if unknown:
+        raise InputError(
+            f"the plan {plan} names the site '{sorted(unknown)[0]}', which the model does not "
+            "have: write a new one with inspect --plan"
+        )
+    loaded: dict[Path, Detector] = {}
+    treatments = {}
+    for site in choose_sites(found.sites, wanted):
+        entry = by_name.get(site.name, SitePlan(site.name, patch=not plans))
+        if entry.patch:
+            treatments[site.name] = _treatment(site, entry, plan, options, loaded)
+    return treatments
+
+
+def _treatment(
+    site: Site, entry: SitePlan, plan: Path | None, options: Options, loaded: dict[Path, Detector]
+) -> Treatment:
+    columns = entry.columns or (() if entry.detector else options.columns)
+    _check_columns(columns)
+    detector = None if columns else _detector(site, entry, plan, options, loaded)
+    default = "benign" if detector is not None and detector.gives_benign else "uniform"
+    name = entry.redistribute or options.redistribute or ("prune" if columns else default)
+    try:
+        mode = Redistribution(name)
+    except ValueError:
+        raise InputError(f"--redistribute {name}: choose benign, uniform or prune") from None
+    if mode is Redistribution.BENIGN and (detector is None or not detector.gives_benign):
+        what = "with --columns" if detector is None else f"{detector.path} has no output benign:"
+        raise InputError(
+            "--redistribute benign needs a detector that knows the benign attention; "
+            f"{what} choose prune or uniform"
+        )
+    if entry.threshold is not None:
+        check_threshold(entry.threshold, f"the plan {plan}: site '{site.name}': threshold")
+    threshold = entry.threshold if entry.threshold is not None else options.threshold
+    return Treatment(mode, detector, columns, threshold)
+
+
+def _detector(
+    site: Site, entry: SitePlan, plan: Path | None, options: Options, loaded: dict[Path, Detector]
+) -> Detector:
+    path = options.detector
+    if entry.detector and plan is not None:
+        path = plan.parent / entry.detector
+    if path is None:
+        raise InputError(
+            f"no detector for site '{site.name}': give --detector det.onnx (make one with "
+            "atpatch-onnx fit), or --columns for columns that are known"
+        )
+    if path not in loaded:
+        loaded[path] = load_detector(path, options.opset, options.threshold)
+    return loaded[path]
+
+
+def _check_columns(columns: Sequence[int]) -> None:
+    if any(abs(column) >= 2**31 for column in columns):
+        raise InputError(f"--columns {max(columns, key=abs)}: no map has so many columns")
+
+
+def check_bindings(bindings: Mapping[str, str], detectors: Iterable[Detector]) -> None:
+    """Raises: InputError for a binding of an input that no detector has."""
+    known = {name for detector in detectors for name in detector.extra_inputs}
+    unknown = sorted(set(bindings) - known)
+    if unknown:
+        listed = ", ".join(sorted(known)) or "none besides attention and layer"
+        raise InputError(
+            f"--bind {unknown[0]}=...: no detector has such an input (found: {listed})"
+        )
