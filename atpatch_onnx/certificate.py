@@ -7,12 +7,19 @@ from the other: it reads no edit list, only the bytes.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any, ClassVar
 
-from onnx import NodeProto, TensorProto, ValueInfoProto
+from onnx import (
+    NodeProto,
+    OperatorSetIdProto,
+    StringStringEntryProto,
+    TensorProto,
+    ValueInfoProto,
+)
 
 from .errors import CheckError
 from .external_data import external_digest, external_tensors
@@ -25,6 +32,7 @@ from .model_file import (
     MODEL_METADATA,
     MODEL_OPSET,
     ModelFile,
+    tensors_of,
 )
 from .patching import Rewritten, about_patches, record_keys, revert
 from .progress import Tick
@@ -134,24 +142,30 @@ def _initializers(model: ModelFile, progress: Tick | None) -> Iterator[TensorEnt
 def compare(base: ModelFile, result: ModelFile) -> Difference:
     """Every difference between the two files. Raises: CheckError for one that no patch makes."""
     difference = Difference()
-    _walk(base, result, base.model_fields, result.model_fields, _Model(difference))
-    _walk(base, result, base.graph_fields, result.graph_fields, _Graph(difference))
+    _walk(base, result, base.model_fields, result.model_fields, _Model(base, difference))
+    _walk(base, result, base.graph_fields, result.graph_fields, _Graph(base, difference))
+    needed = set(difference.inserted_inputs) - set(difference.inserted_initializers)
+    if needed:
+        raise CheckError(
+            f"{result.path} has the new input '{sorted(needed)[0]}' without a default: it was "
+            "altered, take a fresh copy"
+        )
     return difference
 
 
 class _Model:
     """The message ModelProto: the graph is compared by itself, metadata and opsets may be added."""
 
-    def __init__(self, difference: Difference) -> None:
+    def __init__(self, base: ModelFile, difference: Difference) -> None:
         self.difference = difference
+        self.domains = {_domain(opset.domain) for opset in base.skeleton.opset_import}
 
     def same(self, base: ModelFile, a: Field, result: ModelFile, b: Field) -> bool:
-        graph = a.number == b.number == MODEL_GRAPH
-        return graph or (a.number == b.number and _content(base, a) == _content(result, b))
+        if (a.number, a.wire_type) != (b.number, b.wire_type):
+            return False
+        return a.number == MODEL_GRAPH or _content(base, a) == _content(result, b)
 
     def insert(self, result: ModelFile, b: Field) -> bool:
-        from onnx import OperatorSetIdProto, StringStringEntryProto
-
         if b.number == MODEL_METADATA:
             entry = StringStringEntryProto.FromString(_content(result, b))
             self.difference.inserted_metadata.append(entry.key)
@@ -159,7 +173,10 @@ class _Model:
         if b.number == MODEL_OPSET:
             opset = OperatorSetIdProto.FromString(_content(result, b))
             self.difference.inserted_opsets.append(f"{opset.domain}={opset.version}")
-            return True
+            # Another version of a domain that is there would change what every node of it means.
+            fresh = _domain(opset.domain) not in self.domains
+            self.domains.add(_domain(opset.domain))
+            return fresh
         return False
 
 
@@ -173,32 +190,50 @@ class _Graph:
         GRAPH_OUTPUT: (ValueInfoProto.FromString, "inserted_outputs"),
     }
 
-    def __init__(self, difference: Difference) -> None:
+    def __init__(self, base: ModelFile, difference: Difference) -> None:
+        graph = base.skeleton.graph
         self.difference, self.node = difference, 0
+        self.left = Counter({GRAPH_INPUT: len(graph.input), GRAPH_OUTPUT: len(graph.output)})
+        self.weights = {tensor.name for tensor in graph.initializer}
+        self.weights |= {tensor.values.name for tensor in graph.sparse_initializer}
+        self.weights |= {n.output[0] for n in graph.node if n.op_type == "Constant" and n.output}
 
     def same(self, base: ModelFile, a: Field, result: ModelFile, b: Field) -> bool:
-        if a.number != b.number:
+        if (a.number, a.wire_type) != (b.number, b.wire_type):
             return False
         old, new = _content(base, a), _content(result, b)
         if a.number != GRAPH_NODE:
+            self.left[a.number] -= old == new
             return old == new
         slots = [] if old == new else _rewired(self.node, old, new)
-        if slots is None:
+        # A weight is changed as well by reading another in its place.
+        if slots is None or any(slot.old in self.weights for slot in slots):
             return False
         self.difference.rewired.extend(slots)
         self.node += 1
         return True
 
     def insert(self, result: ModelFile, b: Field) -> bool:
-        if b.number not in self._LISTS:
+        # Callers know inputs and outputs by their order, so that own ones come last.
+        if b.number not in self._LISTS or self.left[b.number] > 0:
             return False
         parse, name = self._LISTS[b.number]
         entry = parse(_content(result, b))
         getattr(self.difference, name).append(entry.name)
-        made = entry.output if isinstance(entry, NodeProto) else [entry.name]
+        is_node = isinstance(entry, NodeProto)
+        made = entry.output if is_node else [entry.name]
         # Protobuf gives names that are not UTF-8 as bytes.
-        names = [entry.name, *made]
-        return all(isinstance(n, str) for n in names) and all(v.startswith(PREFIX) for v in made)
+        if not all(isinstance(n, str) and n.startswith(PREFIX) for n in [entry.name, *made]):
+            return False
+        tensors = (entry,) if isinstance(entry, TensorProto) else ()
+        return not any(
+            tensor.data_location == TensorProto.EXTERNAL
+            for tensor in tensors_of(tensors, (entry,) if is_node else ())
+        )
+
+
+def _domain(name: str) -> str:
+    return "" if name == "ai.onnx" else name
 
 
 def _walk(

@@ -9,6 +9,7 @@ out  benign    (optional) float32 broadcastable to [B, H, Q, K]
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import onnx.version_converter
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from .errors import InputError, RefusedError, first_line
-from .external_data import check_layout
+from .external_data import check_layout, external_tensors
 from .model_file import ModelFile
 from .passes.graph_view import subgraphs
 
@@ -90,6 +91,7 @@ def load_detector(path: str | Path, opset: int, threshold: float | None = None) 
     file = ModelFile.open(path)
     check_layout(file)
     model = onnx.load(file.path)
+    whole = model.SerializeToString()
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
@@ -114,7 +116,8 @@ def load_detector(path: str | Path, opset: int, threshold: float | None = None) 
     return Detector(
         path=file.path,
         model=_at_opset(file.path, model, opset),
-        sha256=file.sha256,
+        # Of the weights too, where they are in another file.
+        sha256=hashlib.sha256(whole).hexdigest() if external_tensors(file) else file.sha256,
         kind=metadata.get("atpatch.kind", "custom"),
         threshold=value,
         sites=tuple(sites),
@@ -130,6 +133,11 @@ def check_threshold(value: float, where: str) -> None:
 
 
 def _check_domains(path: Path, model: ModelProto) -> None:
+    if model.graph.sparse_initializer:
+        raise RefusedError(
+            f"the detector {path} has sparse tensors, which are not copied into models: store them "
+            "densely"
+        )
     used = {node.domain for node in _all_nodes(model.graph)} - set(_KNOWN_DOMAINS)
     if used:
         raise RefusedError(

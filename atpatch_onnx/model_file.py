@@ -149,14 +149,15 @@ class ModelFile:
 
     def tensors(self) -> Iterator[TensorProto]:
         """Every TensorProto: initializers and attributes, of all graphs and functions."""
-        yield from _tensors(self.skeleton.graph.initializer, self.skeleton.graph.node)
+        yield from tensors_of(self.skeleton.graph.initializer, self.skeleton.graph.node)
         for function in self.skeleton.functions:
-            yield from _tensors((), function.node)
+            yield from tensors_of((), function.node)
 
 
-def _tensors(
+def tensors_of(
     initializers: Iterable[TensorProto], nodes: Iterable[NodeProto]
 ) -> Iterator[TensorProto]:
+    """The tensors `initializers` and all those in the attributes and subgraphs of `nodes`."""
     yield from initializers
     for node in nodes:
         for attribute in node.attribute:
@@ -164,7 +165,7 @@ def _tensors(
                 yield attribute.t
             yield from attribute.tensors
         for graph in subgraphs(node):
-            yield from _tensors(graph.initializer, graph.node)
+            yield from tensors_of(graph.initializer, graph.node)
 
 
 def digest(view: memoryview, progress: Tick | None = None, step: int = 1 << 22) -> str:

@@ -138,7 +138,13 @@ def _edit_list(patch: Patch) -> Iterator[list[Any]]:
 
 
 def _edits(model: ModelProto, listed: list[list[Any]]) -> Iterator[Edit]:
-    kinds = {"add_node": (int, str), "rewire_input": (int, int, str, str)}
+    kinds = {
+        "add_node": (int, str),
+        "rewire_input": (int, int, str, str),
+        "add_opset": (str, int),
+        **dict.fromkeys(("add_initializer", "add_input", "add_output"), (str,)),
+        "add_metadata": (str, str),
+    }
     if any(
         tuple(map(type, rest)) != kinds.get(kind, tuple(map(type, rest))) for kind, *rest in listed
     ):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from onnx import ModelProto, OperatorSetIdProto, StringStringEntryProto
+from onnx import ModelProto, OperatorSetIdProto, StringStringEntryProto, TensorProto
 
 from .edits import (
     AddInitializer,
@@ -37,6 +37,7 @@ from .model_file import (
     MODEL_OPSET,
     NODE_INPUT,
     ModelFile,
+    tensors_of,
 )
 from .passes.graph_view import subgraphs
 from .wire import LEN, Field, Replacement, delimited, fields, growth, header, replaced
@@ -226,7 +227,7 @@ def _record(model: ModelFile, patch: Patch, replacements: list[Replacement]) -> 
 def _compile(model: ModelFile, edits: tuple[Edit, ...]) -> list[Replacement]:
     """The edits as replacements of the file, sorted, lengths of enclosing messages included."""
     nodes, graph = model.nodes, model.graphs[-1]
-    _check_places(edits, len(nodes))
+    _check_edits(model, edits)
     inside: list[Replacement] = []
     behind: list[bytes] = []
     rewires: dict[int, list[RewireInput]] = defaultdict(list)
@@ -263,15 +264,42 @@ def _compile(model: ModelFile, edits: tuple[Edit, ...]) -> list[Replacement]:
     return ordered + [Replacement(model.size, model.size, entry) for entry in behind]
 
 
-def _check_places(edits: Iterable[Edit], count: int) -> None:
-    """Raises: RefusedError for an edit at a node that the model does not have."""
+def _check_edits(model: ModelFile, edits: Iterable[Edit]) -> None:
+    """Raises: RefusedError for an edit that could change more than it says."""
+    count = len(model.nodes)
+    domains = {o.domain for o in model.skeleton.opset_import} | {"", "ai.onnx"}
     for edit in edits:
-        place = {AddNode: "before", RewireInput: "node"}.get(type(edit))
-        if place is not None and not 0 <= getattr(edit, place) <= count - (place != "before"):
+        problem = ""
+        match edit:
+            case AddNode(before, node):
+                if not 0 <= before <= count:
+                    problem = f"a node at place {before} of {count}"
+                elif any(_is_external(t) for t in tensors_of((), (node,))):
+                    problem = "a tensor in another file"
+            case RewireInput(index):
+                if not 0 <= index < count:
+                    problem = f"node {index} of {count}"
+            case AddInitializer(tensor):
+                if _is_external(tensor):
+                    problem = "a tensor in another file"
+            case AddOpsetImport(domain, _):
+                if domain in domains:
+                    problem = f"another version of the operators '{domain}'"
+                domains.add(domain)
+            case AddMetadata(key, _):
+                if not key.startswith("atpatch.") or _is_key(key, RECORD_KEY):
+                    problem = f"the metadata '{key}'"
+            case _:
+                pass
+        if problem:
             raise RefusedError(
-                f"the patch edits node {getattr(edit, place)} of a model with {count} nodes: patch "
-                "this model again from its detector"
+                f"the patch wants {problem}, which is not what patches may do: patch this model "
+                "again from its detector"
             )
+
+
+def _is_external(tensor: TensorProto) -> bool:
+    return bool(tensor.data_location == TensorProto.EXTERNAL)
 
 
 def _length(graph: Field, inside: list[Replacement], last: bool) -> Iterator[Replacement]:

@@ -28,8 +28,9 @@ Arrays = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One export. `expected` is what the configuration implies; `identical` is None where ONNX
-    Runtime does not run the original."""
+    """One export. `expected`, `causal_expected` and `cross_expected` are what the configuration
+    implies; `identical`, `checked` and `reverted` are None where nothing was patched, `identical`
+    also where ONNX Runtime does not run the original."""
 
     architecture: str
     attention: str
@@ -40,15 +41,25 @@ class Row:
     fused: int
     refused_otherwise: list[str]
     causal: int
+    causal_expected: int
     cross: int
+    cross_expected: int
     identical: bool | None
-    checked: bool
-    reverted: bool
+    checked: bool | None
+    reverted: bool | None
 
     @property
     def covered(self) -> bool:
-        """Every site found, or refused by name."""
+        """As many sites found, or refused by name, as there are."""
         return self.found + self.fused + len(self.refused_otherwise) == self.expected
+
+    @property
+    def described(self) -> bool | None:
+        """Whether causal and cross attention are told apart; None unless every site was found."""
+        if self.found != self.expected:
+            return None
+        found, wanted = (self.causal, self.cross), (self.causal_expected, self.cross_expected)
+        return found == wanted
 
 
 def measure(each: Architecture, attention: str, exporter: str, opset: int, path: Path) -> Row:
@@ -62,7 +73,9 @@ def measure(each: Architecture, attention: str, exporter: str, opset: int, path:
     file = ModelFile.open(path)
     found = locate(file.skeleton)
     fused = [o for o in found.refused if o.op == "Attention"]
-    identical, checked, reverted = None, True, True
+    identical: bool | None = None
+    checked: bool | None = None
+    reverted: bool | None = None
     if found.sites:
         identical, checked, reverted = _patched(file, found, feeds)
     return Row(
@@ -75,7 +88,9 @@ def measure(each: Architecture, attention: str, exporter: str, opset: int, path:
         len(fused),
         [o.reason for o in found.refused if o.op != "Attention"],
         sum(s.facts.causal for s in found.sites),
+        each.causal,
         sum(s.facts.cross for s in found.sites),
+        each.cross,
         identical,
         checked,
         reverted,
@@ -89,17 +104,16 @@ def _patched(file: ModelFile, found: Sites, feeds: Arrays) -> tuple[bool | None,
     identical: bool | None = None
     checked = reverted = True
     original = _run(file.path, feeds)
-    sha256 = file.sha256
     with tempfile.TemporaryDirectory() as folder:
         detector = column_mean_detector(Path(folder) / "det.onnx", view.opset, NEVER)
     for strategy in Strategy:
         treatment = Treatment(Redistribution.UNIFORM, detector)
         result = Splice({s.name: treatment for s in found.sites}, strategy)(view, found.sites)
-        content = apply(file, Patch(sha256, result.edits), sha256).content()
+        content = apply(file, Patch(file.sha256, result.edits)).content()
         after = ModelFile.from_bytes(content, file.path)
         onnx.checker.check_model(content)
         checked &= len(compare(file, after).rewired) >= len(found.sites)
-        reverted &= revert(after).sha256 == sha256
+        reverted &= revert(after).sha256 == file.sha256
         if original is not None:
             changed = Session(content, "cpu", file.folder, threads=1).run(feeds, list(original))
             same = all(np.array_equal(original[n], changed[n], equal_nan=True) for n in original)

@@ -45,12 +45,17 @@ def describe_site(
 def site_names(anchors: list[tuple[GraphView, NodeProto]]) -> list[str]:
     """A unique, readable name for each softmax, from its module path where there is one."""
     stems = [_module_path(node) or "attention" for _, node in anchors]
-    totals, seen, names = Counter(stems), Counter[str](), []
+    several = {stem for stem, count in Counter(stems).items() if count > 1}
+    taken = set(stems)
+    names: list[str] = []
     for stem in stems:
-        number = seen[stem]
-        seen[stem] += 1
-        numbered = totals[stem] > 1 and (number > 0 or stem == "attention")
-        names.append(f"{stem}.{number}" if numbered else stem)
+        name = stem
+        if stem == "attention" and stem in several:
+            name = "attention.0"
+        number = 1
+        while name in names or (name != stem and name in taken):
+            name, number = f"{stem}.{number}", number + 1
+        names.append(name)
     return names
 
 
@@ -116,8 +121,16 @@ def _shape_parts(view: GraphView, value: str) -> list[int | None]:
     node = view.producer(value)
     if node is None or node.op_type != "Concat":
         return []
-    parts = [view.constant(name) for name in node.input]
-    return [None if part is None else int(part.reshape(-1)[0]) for part in parts]
+    parts: list[int | None] = []
+    for name in node.input:
+        constant, shape = view.constant(name), view.shape(name)
+        if constant is not None:
+            parts += [int(n) for n in constant.reshape(-1)]
+        elif shape is not None and len(shape) == 1 and isinstance(shape[0], int):
+            parts += [None] * shape[0]
+        else:
+            return []
+    return parts
 
 
 def _is_cross(view: GraphView, scores: NodeProto) -> bool:

@@ -86,6 +86,18 @@ class GraphView:
         return uses
 
     @cached_property
+    def captured(self) -> set[str]:
+        """Values of this scope that nodes inside its subgraphs read."""
+        found: set[str] = set()
+        graphs = [graph for node in self.nodes for graph in subgraphs(node)]
+        for graph in graphs:
+            for node in graph.node:
+                found.update(node.input)
+                graphs += subgraphs(node)
+            found.update(value.name for value in graph.output)
+        return found & (set(self.producers) | self.varying)
+
+    @cached_property
     def initializers(self) -> dict[str, TensorProto]:
         """Initializers of this scope and the enclosing ones."""
         own = {} if self.graph is None else {t.name: t for t in self.graph.initializer}
@@ -163,10 +175,8 @@ class GraphView:
             target = self.constant(node.input[1])
             if target is not None:
                 return int(target.size)
-            concat = self.producer(node.input[1])
-            if concat is not None and concat.op_type == "Concat":
-                return len(concat.input)  # the exporters' way to write a shape, one part a dim
-            return None
+            length = self.shape(node.input[1])
+            return length[0] if length is not None and isinstance(length[0], int) else None
         if op in _SAME_RANK:
             ranks = [self.rank(name, depth - 1) for name in node.input if name]
             known = [rank for rank in ranks if rank is not None]

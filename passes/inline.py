@@ -9,7 +9,7 @@ from onnx import GraphProto, NodeProto, TensorProto
 
 from ..detector import Detector
 from ..edits import AddInitializer, AddOpsetImport, Edit
-from ..errors import InputError
+from ..errors import InputError, RefusedError
 from .fragment import Constants
 from .graph_view import GraphView, subgraphs
 
@@ -50,13 +50,24 @@ class Inliner:
             tensors = _renamed(graph, f"atpatch/detector{number}")
             self.edits += [AddInitializer(tensor) for tensor in tensors.values()]
             self._tensors[detector.sha256] = {old: t.name for old, t in tensors.items()}
-            imported = {o.domain for o in self.view.model.opset_import}
-            self.edits += [
-                AddOpsetImport(o.domain, o.version)
-                for o in detector.model.opset_import
-                if o.domain == "ai.onnx.ml" and o.domain not in imported
-            ]
+            self._import(detector)
         return self._tensors[detector.sha256]
+
+    def _import(self, detector: Detector) -> None:
+        """Import the further domain that a detector may use. Raises: RefusedError."""
+        used = {
+            o.domain: o.version for o in detector.model.opset_import if o.domain == "ai.onnx.ml"
+        }
+        added = {e.domain: e.version for e in self.edits if isinstance(e, AddOpsetImport)}
+        there = {o.domain: o.version for o in self.view.model.opset_import} | added
+        for domain, version in used.items():
+            if there.get(domain, version) != version:
+                raise RefusedError(
+                    f"the detector {detector.path} uses {domain} at version {version}, the model "
+                    f"or another detector at {there[domain]}: export it at that version"
+                )
+            if domain not in there:
+                self.edits.append(AddOpsetImport(domain, version))
 
     def _bound(self, detector: Detector, name: str, before: int) -> str:
         """The host value that a further detector input reads. Raises: InputError."""

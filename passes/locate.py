@@ -13,7 +13,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from .describe import SiteFacts, describe_site, site_names
 from .graph_view import GraphView, Use, attribute, domain, int_attribute
-from .walk import Step, describe, downstream, find_contexts, find_rearranged, find_scores
+from .walk import Step, describe, downstream, find_changed, find_contexts, find_scores
 
 FLOATS: dict[int, str] = {
     TensorProto.FLOAT: "float32",
@@ -198,7 +198,8 @@ def _written_out(view: GraphView, index: int, node: NodeProto) -> _Anchor | None
             continue
         below = view.producer(node.input[bottom])
         while below is not None and below.op_type in ("Reciprocal", "Add", "Clip", "Max", "Cast"):
-            below = view.producer(below.input[0])
+            varying = [name for name in below.input if name in view.varying]
+            below = view.producer(varying[0]) if len(varying) == 1 else None
         if below is None or below.op_type != "ReduceSum" or below.input[0] != exp.output[0]:
             continue
         if _sums_last_axis(view, below):
@@ -226,17 +227,25 @@ def _candidate(view: GraphView, anchor: _Anchor) -> _Candidate | Other:
         return _other(view, node, f"its scores come from {met}, not from a product of Q and K")
     if any(reader.name.startswith("atpatch/") for reader in downstream(view, anchor.output)):
         return _refused(view, node, "it is patched already", "revert the model first")
-    if not paths and (mover := find_rearranged(view, anchor.output)) is not None:
+    if (changer := find_changed(view, anchor.output)) is not None:
         return _refused(
             view,
             node,
-            f"{describe(mover)} rearranges its probabilities, so that columns are no longer keys",
-            "export the model with full attention instead of blocks or sliding chunks",
+            f"{describe(changer)} changes or moves its probabilities before they multiply a V",
+            "export the model with plain, full attention: no blocks, mixed heads or differences",
         )
+    ways = {anchor.output, *(step.value for path in paths for step in path)}
+    if ways & view.captured:
+        reason = "its probabilities are also read inside a branch or loop body"
+        return _refused(view, node, reason, _EXPORT_FLAT)
     if not paths:
         reads = [describe(view.nodes[u.node]) for u in view.consumers.get(anchor.output, [])]
         where = ", ".join(reads[:3]) or "the graph's output"
         return _other(view, node, f"its result goes to {where} and never multiplies a V")
+    if view.opset < 9:
+        reason = f"a patch needs operators that opset {view.opset} does not have"
+        fix = "convert the model with onnx.version_converter.convert_version(model, 13)"
+        return _refused(view, node, reason, fix)
     if view.scope != "main":
         return _refused(view, node, f"an attention site inside {view.scope}", _EXPORT_FLAT)
     step, uses = _splice_point(view, paths)

@@ -167,6 +167,7 @@ class _Splicing:
         if treatment.redistribution is not Redistribution.BENIGN:
             benign = None
         result = self.redistributed(f, site, treatment, whole, flagged, benign)
+        result = self.requantized(f, site, result)
         nodes += f.nodes()
         self.edits += [AddNode(before, node) for node in nodes]
         self.edits += [RewireInput(u.node, u.slot, site.probabilities, result) for u in site.uses]
@@ -218,6 +219,20 @@ class _Splicing:
             then_branch=then.subgraph(new, site.elem_type),
             else_branch=other.subgraph(same, site.elem_type),
         )
+
+    def requantized(self, f: Fragment, site: Site, result: str) -> str:
+        """The result on the grid of a host that quantises its probabilities.
+
+        P V follows a DequantizeLinear there, and the runtime computes the two in integers; that
+        must stay so, also for what is not flagged. Values on the grid stay where they are.
+        """
+        node = self.view.producer(site.probabilities)
+        if node is None or node.op_type != "DequantizeLinear":
+            return result
+        scale = node.input[1:]
+        axis = {a.name: a.i for a in node.attribute if a.name == "axis"}
+        integers = f.op("QuantizeLinear", result, *scale, name="requantized", **axis)
+        return f.op("DequantizeLinear", integers, *scale, name="requantized_back", **axis)
 
     def strategy(self, site: Site) -> Strategy:
         """The strategy in force: 16-bit maps are always selected.

@@ -49,10 +49,12 @@ _PROBABILITY_SLOTS: dict[str, tuple[int, ...] | None] = {
 }
 """Nodes between the softmax and P V, with the slots through which probabilities pass."""
 
-_REARRANGING = frozenset(
-    "Pad Gather GatherElements GatherND ScatterND ScatterElements Concat Trilu Flatten".split()
+_CHANGING = frozenset(
+    "Pad Gather GatherElements GatherND ScatterND ScatterElements Concat Trilu Flatten Add Sub Sum "
+    "Neg Abs Sqrt Pow Exp Log Clip Relu Sigmoid Tanh Max Min Conv LayerNormalization "
+    "BatchNormalization InstanceNormalization".split()
 )
-"""Further nodes that move probabilities about, after which columns are no longer keys."""
+"""Further nodes between the softmax and P V: what comes out is no longer the map over the keys."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,9 @@ def find_contexts(view: GraphView, start: str) -> Iterator[list[Step]]:
             for moved, next_axis in _through(view, node, value, axis):
                 if moved not in seen and len(steps) < 16:
                     seen.add(moved)
-                    integers = node.op_type.endswith("QuantizeLinear") or (
-                        quantized and node.op_type != "DequantizeLinear"
+                    integers = node.op_type != "DequantizeLinear" and (
+                        quantized or node.op_type.endswith("QuantizeLinear")
                     )
-                    integers = integers and node.op_type != "DequantizeLinear"
                     stack.append((moved, next_axis, integers, steps))
 
 
@@ -152,23 +153,24 @@ def downstream(view: GraphView, start: str, limit: int = 64) -> Iterator[NodePro
                 queue += new
 
 
-def find_rearranged(view: GraphView, start: str) -> NodeProto | None:
-    """The first node that rearranges the probabilities `start` on their way to a V, if any."""
+def find_changed(view: GraphView, start: str) -> NodeProto | None:
+    """The first node that changes the probabilities `start` on their way to a V, if any does."""
     queue: list[tuple[str, NodeProto | None]] = [(start, None)]
     seen = {start}
     for value, by in queue:
         for use in view.consumers.get(value, []):
             node = view.nodes[use.node]
-            if node.op_type in PRODUCTS:
-                if by is not None and is_product(view, node):
+            product = node.op_type in PRODUCTS
+            if product and is_product(view, node):
+                if by is not None:
                     return by
                 continue
-            moves = node.op_type in _REARRANGING
-            if moves or node.op_type in _PROBABILITY_SLOTS:
+            changes = node.op_type in _CHANGING or product  # by a weight: talking heads
+            if changes or node.op_type in _PROBABILITY_SLOTS:
                 new = [name for name in node.output if name and name not in seen]
                 seen.update(new)
-                queue += [(name, by or (node if moves else None)) for name in new]
-        if len(queue) > 200:
+                queue += [(name, by or (node if changes else None)) for name in new]
+        if len(queue) > 64:
             break
     return None
 

@@ -54,6 +54,8 @@ def build_zscore(tables: Tables, opset: int, ir_version: int) -> ModelProto:
             ("benign", tables.benign),
         )
     )
+    if len(set(tables.heads)) > 1:
+        benign = _cut(f, benign, dimension=1, axis=0)
     if tables.buckets:
         center, gain, benign = (
             _by_bucket(f, table, found.bucket) for table in (center, gain, benign)
@@ -66,11 +68,12 @@ def build_zscore(tables: Tables, opset: int, ir_version: int) -> ModelProto:
             name="benign_share",
         )
     else:
+        if len(set(tables.keys)) > 1:
+            center, gain, benign = (
+                _cut(f, table, dimension=3, axis=1) for table in (center, gain, benign)
+            )
         center, gain, benign = (
-            _unpad(f, tables, *pair) for pair in ((center, ()), (gain, ()), (benign, ("heads",)))
-        )
-        center, gain, benign = (
-            f.axes_op("Unsqueeze", table, [0], f"{table.rsplit('/')[-1]}_batch")
+            f.axes_op("Unsqueeze", table, [0], f"{_name(table)}_batch")
             for table in (center, gain, benign)
         )
     whitened = f.op(
@@ -115,22 +118,18 @@ def _unsqueeze(f: Fragment, value: str, axis: int, output: str) -> NodeProto:
 
 def _by_bucket(f: Fragment, table: str, bucket: str) -> str:
     """The entries `[B, N, K]` of `table` `[N, P]` for the columns' buckets `[B, K]`."""
-    name = table.rsplit("/")[-1]
-    picked = f.op("Gather", table, bucket, name=f"{name}_picked", axis=1)
-    return f.op("Transpose", picked, name=f"{name}_by_column", perm=[1, 0, 2])
+    picked = f.op("Gather", table, bucket, name=f"{_name(table)}_picked", axis=1)
+    return f.op("Transpose", picked, name=f"{_name(table)}_by_column", perm=[1, 0, 2])
 
 
-def _unpad(f: Fragment, tables: Tables, table: str, padded: tuple[str, ...]) -> str:
-    """`table` cut to the heads and keys of the map at hand, where sites differ in them."""
-    name = table.rsplit("/")[-1]
-    sizes = []
-    if "heads" in padded and len(set(tables.heads)) > 1:
-        sizes.append((1, 0))
-    if len(set(tables.keys)) > 1:
-        sizes.append((3, 1))
-    for dimension, axis in sizes:
-        shape = f.op("Shape", "attention", name=f"{name}_shape{axis}")
-        size = f.slice(shape, dimension, dimension + 1, 0, f"{name}_size{axis}")
-        # Slice takes a computed bound as an input, which it has from opset 10.
-        table = f.op("Slice", table, f.ints(0), size, f.ints(axis), name=f"{name}_cut{axis}")
-    return table
+def _cut(f: Fragment, table: str, dimension: int, axis: int) -> str:
+    """`table` without the padding of sites that are smaller along a dimension of `attention`."""
+    shape = f.op("Shape", "attention", name=f"{_name(table)}_shape{axis}")
+    size = f.slice(shape, dimension, dimension + 1, 0, f"{_name(table)}_size{axis}")
+    # Slice takes a computed bound as an input, which it has from opset 10.
+    bounds = (f.ints(0), size, f.ints(axis))
+    return f.op("Slice", table, *bounds, name=f"{_name(table)}_cut{axis}")
+
+
+def _name(value: str) -> str:
+    return value.rsplit("/")[-1]

@@ -37,5 +37,6 @@ def test_sites_are_found_and_a_patch_that_flags_nothing_changes_nothing(
     assert row.found + row.fused == each.sites
     assert bool(row.fused) == (opset == 23)
     assert row.identical is True
-    assert row.checked
-    assert row.reverted
+    assert row.described is not False or name == "siglip"  # cross attention of its pooling head
+    assert row.checked is True
+    assert row.reverted is True

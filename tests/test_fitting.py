@@ -150,25 +150,32 @@ def test_batch_size_and_padding_of_batches_do_not_change_the_detector(tmp_path: 
     assert one.calibration.threshold == pytest.approx(three.calibration.threshold, rel=1e-5)
 
 
-def test_sites_of_different_sizes_share_one_detector(tmp_path: Path) -> None:
-    """Two sites, of 2 heads over 6 keys and of 1 head over 4."""
-    model = onnx.parser.parse_model("""
+@pytest.mark.parametrize("fixed", [True, False])
+def test_sites_of_different_sizes_share_one_detector(fixed: bool, tmp_path: Path) -> None:
+    """Two sites, of 2 heads over 6 keys and of 1 head over 4; positions or buckets."""
+    long, short = ("6", "4") if fixed else ("L", "M")
+    model = onnx.parser.parse_model(f"""
         <ir_version: 8, opset_import: ["" : 17]>
-        host (float[N, 2, 6, 4] q, float[N, 2, 4, 6] k, float[N, 1, 4, 4] r)
-            => (float[N, 2, 6, 4] y, float[N, 1, 4, 4] z)
-        {
+        host (float[N, 2, {long}, 4] q, float[N, 1, {short}, 4] r)
+            => (float[N, 2, {long}, 4] y, float[N, 1, {short}, 4] z)
+        {{
+            k = Transpose <perm = [0, 1, 3, 2]> (q)
             s = MatMul (q, k)
             p = Softmax <axis = -1> (s)
             y = MatMul (p, q)
-            t = MatMul (r, r)
+            rt = Transpose <perm = [0, 1, 3, 2]> (r)
+            t = MatMul (r, rt)
             u = Softmax <axis = -1> (t)
             z = MatMul (u, r)
-        }
+        }}
     """)
     rng = np.random.default_rng(0)
-    shapes = {"q": (2, 6, 4), "k": (2, 4, 6), "r": (1, 4, 4)}
+    shapes = {"q": (2, 6, 4), "r": (1, 4, 4)}
     data = {name: rng.standard_normal((200, *shape), np.float32) for name, shape in shapes.items()}
     path, arrays = save(tmp_path, model, data)
     report = atpatch_onnx.fit(path, arrays, tmp_path / "det.onnx", fpr=0.05)
     patched = atpatch_onnx.patch(path, report.output, telemetry=True).output
-    assert atpatch_onnx.diff(path, patched, arrays).identity is True
+    loud = {name: 5 * array for name, array in data.items()}
+    found = atpatch_onnx.diff(path, patched, save_arrays(tmp_path / "loud.npz", loud))
+    assert found.identity is True
+    assert all(site.inputs for site in found.sites)

@@ -11,6 +11,7 @@ import onnx.helper
 import pytest
 from onnx import ModelProto, TensorProto
 
+from atpatch_onnx.certificate import compare
 from atpatch_onnx.edits import (
     AddInitializer,
     AddMetadata,
@@ -33,6 +34,10 @@ def identity(before: int, source: str, name: str) -> tuple[Edit, ...]:
     return AddNode(before, node), RewireInput(before, 0, source, name)
 
 
+EXTERNAL = onnx.helper.make_tensor("atpatch/t", TensorProto.FLOAT, [1], [1.0])
+EXTERNAL.ClearField("float_data")
+EXTERNAL.data_location = TensorProto.EXTERNAL
+EXTERNAL.external_data.add(key="location", value="secret.bin")
 EDITS = (*identity(3, "t0", "atpatch/a"), *identity(7, "t1", "atpatch/b"))
 
 
@@ -154,6 +159,73 @@ def test_a_name_that_is_taken_is_refused() -> None:
     twice = (*identity(3, "t0", "atpatch/a"), *identity(7, "t1", "atpatch/a"))
     with pytest.raises(RefusedError, match="already taken"):
         edited(host, twice)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        AddOpsetImport("", 12),
+        AddOpsetImport("ai.onnx", 12),
+        AddMetadata("atpatch.record", "{}"),
+        AddMetadata("owner", "you"),
+        AddInitializer(EXTERNAL),
+        AddNode(
+            3, onnx.helper.make_node("Constant", [], ["atpatch/c"], "atpatch/c", value=EXTERNAL)
+        ),
+        AddNode(99, onnx.helper.make_node("Identity", ["q"], ["atpatch/c"], "atpatch/c")),
+    ],
+    ids=["opset", "opset by its name", "record", "metadata", "tensor", "constant", "place"],
+)
+def test_an_edit_that_does_more_than_it_says_is_refused(edit: Edit) -> None:
+    with pytest.raises(RefusedError, match="not what patches may do"):
+        edited(model_file(rich_host()), (edit,))
+
+
+def _output_first(model: ModelProto) -> None:
+    value = onnx.helper.make_tensor_value_info("atpatch/o", TensorProto.FLOAT, [1])
+    model.graph.output.insert(0, value)
+
+
+def _input_without_default(model: ModelProto) -> None:
+    model.graph.input.append(
+        onnx.helper.make_tensor_value_info("atpatch/i", TensorProto.FLOAT, [1])
+    )
+
+
+def _other_opset(model: ModelProto) -> None:
+    model.opset_import.append(onnx.helper.make_opsetid("", 12))
+
+
+def _external(model: ModelProto) -> None:
+    model.graph.initializer.append(EXTERNAL)
+
+
+def _other_weight(model: ModelProto) -> None:
+    model.graph.initializer.append(onnx.helper.make_tensor("atpatch/w", 1, [2], [0.0, 0.0]))
+    model.graph.node[-1].input[1] = "atpatch/w"
+
+
+@pytest.mark.parametrize(
+    "change", [_output_first, _input_without_default, _other_opset, _external, _other_weight]
+)
+def test_a_change_that_no_patch_makes_does_not_pass_as_one(
+    change: Callable[[ModelProto], None],
+) -> None:
+    base = rich_host()
+    base.graph.node[-1].input[1] = "unused"
+    other = ModelProto()
+    other.CopyFrom(base)
+    change(other)
+    with pytest.raises(CheckError):
+        compare(model_file(base), model_file(other))
+
+
+def test_a_field_of_another_wire_type_is_another_field() -> None:
+    content = rich_host().SerializeToString()
+    assert content[:2] == b"\x08\x08"  # ir_version 8 as a varint
+    odd = ModelFile.from_bytes(b"\x0a\x01\x08" + content[2:])
+    with pytest.raises(CheckError):
+        compare(ModelFile.from_bytes(content), odd)
 
 
 def test_a_patch_for_another_model_is_refused() -> None:

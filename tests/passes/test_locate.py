@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnx
 import onnx.parser
 import pytest
 
@@ -51,6 +52,10 @@ FORMS = {
         a = Constant <value_ints = [-1]> () c = Constant <value_float = 0.001> ()
         s = MatMul (q, k) e = Exp (s) d = ReduceSum <keepdims = 1> (e, a) f = Add (d, c)
         r = Reciprocal (f) p = Mul (r, e) y = MatMul (p, v)""",
+    "written out with the epsilon first": """
+        a = Constant <value_ints = [-1]> () c = Constant <value_float = 0.001> ()
+        s = MatMul (q, k) e = Exp (s) d = ReduceSum <keepdims = 1> (e, a) f = Add (c, d)
+        p = Div (e, f) y = MatMul (p, v)""",
     "Einsum": """
         s = Einsum <equation = "bhid,bhdj->bhij"> (q, k) p = Softmax <axis = -1> (s)
         y = Einsum <equation = "bhij,bhjd->bhid"> (p, v)""",
@@ -177,6 +182,30 @@ def test_what_only_looks_like_attention_is_explained(case: str) -> None:
 
 
 REFUSED = {
+    "differential": (
+        """s = MatMul (q, k) p = Softmax <axis = -1> (s) t = MatMul (q, k)
+           r = Softmax <axis = -1> (t) d = Sub (p, r) y = MatMul (d, v)""",
+        "Sub 'd' changes",
+    ),
+    "talking heads": (
+        """s = MatMul (q, k) p = Softmax <axis = -1> (s) t = Transpose <perm = [0, 2, 3, 1]> (p)
+           w = Constant <value = float[4, 4] {1,0,0,0, 0,1,0,0, 0,0,1,0, 0,0,0,1}> ()
+           m = MatMul (t, w) u = Transpose <perm = [0, 3, 1, 2]> (m) y = MatMul (u, v)""",
+        "MatMul 'm' changes",
+    ),
+    "also another way": (
+        """s = MatMul (q, k) p = Softmax <axis = -1> (s) r = Sqrt (p) a = MatMul (p, v)
+           b = MatMul (r, v) y = Add (a, b)""",
+        "Sqrt 'r' changes",
+    ),
+    "captured by a branch": (
+        """s = MatMul (q, k) p = Softmax <axis = -1> (s) a = MatMul (p, v)
+           c = Constant <value_int = 1> () b = Cast <to = 9> (c)
+           d = If (b) <then_branch = t () => (float[B, 4, L, 8] e) { e = MatMul (p, v) },
+                       else_branch = e () => (float[B, 4, L, 8] z) { z = Identity (v) }>
+           y = Add (a, d)""",
+        "read inside a branch",
+    ),
     "ONNX Attention": ("y = Attention (q, v, v)", "ONNX Attention hides"),
     "MultiHeadAttention": (
         "y = com.microsoft.MultiHeadAttention <num_heads = 4> (q, v, v)",
@@ -185,7 +214,7 @@ REFUSED = {
     "rearranged": (
         """s = MatMul (q, k) p = Softmax <axis = -1> (s) i = Constant <value_ints = [0]> ()
                       g = Gather <axis = 3> (p, i) y = MatMul (g, v)""",
-        "rearranges",
+        "changes or moves",
     ),
     "in a branch": (
         """c = Constant <value_int = 1> () b = Cast <to = 9> (c)
@@ -202,7 +231,8 @@ def test_what_cannot_be_patched_is_refused_by_name_with_a_fix(case: str) -> None
     body, reason = REFUSED[case]
     found = find(body, opset=23)
     assert not found.sites
-    assert [reason in other.reason and bool(other.fix) for other in found.refused] == [True]
+    assert found.refused
+    assert all(reason in other.reason and other.fix for other in found.refused)
 
 
 def test_a_site_in_a_function_is_refused() -> None:
@@ -216,6 +246,45 @@ def test_a_site_in_a_function_is_refused() -> None:
     found = locate(model)
     assert not found.sites
     assert [other.scope for other in found.refused] == ["function attend"]
+
+
+def test_an_opset_without_the_operators_of_a_patch_is_refused() -> None:
+    (other,) = find(FORMS["plain"].replace("-1", "3"), opset=8).refused
+    assert "opset 8" in other.reason
+    assert "version_converter" in other.fix
+
+
+def test_names_are_unique_whatever_the_nodes_are_called() -> None:
+    text = HEADER.format(opset=17) + f"host ({INPUTS}) => (float y) {{ y = Identity (v) }}"
+    model = onnx.parser.parse_model(text)
+    model.graph.ClearField("node")
+    for name in ("/attn/Softmax", "/attn/Softmax_1", "/attn.1/Softmax", "plain", "plain too"):
+        for op, inputs, output in (
+            ("MatMul", ["q", "k"], "s"),
+            ("Softmax", ["s"], "p"),
+            ("MatMul", ["p", "v"], "c"),
+        ):
+            made = [f"{name}.{i}" if i in "sp" else i for i in inputs]
+            node = onnx.helper.make_node(
+                op, made, [f"{name}.{output}"], name if op[0] == "S" else ""
+            )
+            model.graph.node.append(node)
+    names = [site.name for site in locate(model).sites]
+    assert len(set(names)) == 5
+
+
+def test_heads_are_counted_over_all_parts_of_a_shape() -> None:
+    """`Concat(batch, length, [2, 4])` is a shape of four numbers in three parts."""
+    body = """
+        i0 = Constant <value_ints = [0]> () i1 = Constant <value_ints = [1]> ()
+        i2 = Constant <value_ints = [2]> () hd = Constant <value_ints = [2, 4]> ()
+        sh = Shape (x) b = Slice (sh, i0, i1) l = Slice (sh, i1, i2)
+        target = Concat <axis = 0> (b, l, hd) r = Reshape (x, target)
+        q = Transpose <perm = [0, 2, 1, 3]> (r) k = Transpose <perm = [0, 2, 3, 1]> (r)
+        s = MatMul (q, k) p = Softmax <axis = -1> (s) y = MatMul (p, q)
+    """
+    (site,) = find(body, "float[B, L, 8] x", "float y").sites
+    assert site.facts.heads == 2
 
 
 def test_nodes_in_any_order() -> None:

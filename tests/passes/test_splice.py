@@ -41,8 +41,9 @@ def load(model: ModelProto, tmp_path: Path, opset: int = 17) -> Detector:
     return load_detector(path, opset)
 
 
-def everywhere(treatment: Treatment, **options: object) -> Splice:
-    names = ("attention.0", "attention.1")
+def everywhere(
+    treatment: Treatment, names: tuple[str, ...] = ("attention.0", "attention.1"), **options: object
+) -> Splice:
     return Splice(dict.fromkeys(names, treatment), **options)  # type: ignore[arg-type]
 
 
@@ -177,6 +178,54 @@ def test_a_patched_site_is_not_patched_again(strategy: Strategy, tmp_path: Path)
     found = locate(_parsed(after.content()))
     assert not found.sites
     assert [other.reason for other in found.refused] == ["it is patched already"] * 2
+
+
+@pytest.mark.parametrize("strategy", list(Strategy))
+def test_a_quantised_product_with_v_stays_one(strategy: Strategy, tmp_path: Path) -> None:
+    """ONNX Runtime computes DequantizeLinear, MatMul, QuantizeLinear in integers; a patch that
+    flags nothing must leave that to it, or results move by a quantum here and there."""
+
+    def quantised(name: str, source: str, scale: str) -> str:
+        return (
+            f"{name}8 = QuantizeLinear ({source}, {scale}, z) "
+            f"{name} = DequantizeLinear ({name}8, {scale}, z)"
+        )
+
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["" : 17]>
+        host (float[B, 2, L, 16] x) => (float[B, 2, L, 16] y)
+        <float s = {{0.02}}, float u = {{0.00390625}}, uint8 z = {{0}}>
+        {{
+            {quantised("v", "x", "s")}
+            t = Transpose <perm = [0, 1, 3, 2]> (v)
+            m = MatMul (v, t) {quantised("d", "m", "s")} p0 = Softmax <axis = -1> (d)
+            {quantised("p", "p0", "u")} c = MatMul (p, v) {quantised("y", "c", "s")}
+        }}
+    """)
+    host = model_file(model)
+    never = load(detector(COLUMN_MEAN, threshold=1.0), tmp_path)
+    after, _ = spliced(
+        host,
+        everywhere(
+            Treatment(Redistribution.UNIFORM, never), strategy=strategy, names=("attention",)
+        ),
+    )
+    x = np.random.default_rng(0).random((16, 2, 32, 16), np.float32) * 5
+    assert np.array_equal(run(host, {"x": x})["y"], run(after, {"x": x})["y"])
+
+
+def test_one_threshold_input_serves_all_sites_that_have_it(tmp_path: Path) -> None:
+    found = load(detector(COLUMN_MEAN), tmp_path)
+    names = {
+        "attention.0": Treatment(Redistribution.PRUNE, found),
+        "attention.1": Treatment(Redistribution.PRUNE, columns=(0,)),
+    }
+    host = model_file(attention(17))
+    after, _ = spliced(host, Splice(names, toggle=True))
+    assert assert_patch(host, after, rewired=2).inserted_inputs == [
+        "atpatch/threshold",
+        "atpatch/enabled",
+    ]
 
 
 def test_toggle_switches_off_and_moves_the_threshold(tmp_path: Path) -> None:
