@@ -6,6 +6,10 @@ BIN := $(VENV)/bin
 RUNTIME ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# A new choice of runtime needs a new environment, or both would end up in it.
+OTHER := $(if $(filter gpu,$(RUNTIME)),cpu,gpu)
+CHECK = $(if $(wildcard $(VENV)/.runtime-$(OTHER)),$(error $(VENV) has the $(OTHER) runtime: run make clean first))
+
 .PHONY: demo test lint format types clean
 
 demo: $(VENV)/.demo
@@ -33,15 +37,16 @@ types: $(VENV)/.test
 	MYPYPATH=build/types:benchmarks $(BIN)/mypy benchmarks tests
 
 $(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(INSTALL) -e '.[$(RUNTIME),train]'
-	touch $@
+	$(CHECK)$(INSTALL) -e '.[$(RUNTIME),train]'
+	touch $@ $(VENV)/.runtime-$(RUNTIME)
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(INSTALL) -e '.[$(RUNTIME),train,test]'
-	touch $@ $(VENV)/.demo
+	$(CHECK)$(INSTALL) -e '.[$(RUNTIME),train,test]'
+	touch $@ $(VENV)/.demo $(VENV)/.runtime-$(RUNTIME)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -11,22 +11,30 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import apply, inspect, patch, revert, verify
-    from .benchmark import bench
-    from .demonstration import demo
-    from .diffing import diff
+    from .api import Inspection, PatchReport, apply, inspect, patch, revert, verify
+    from .benchmark import Timing, bench
+    from .certificate import Check
+    from .demonstration import DemoReport, demo
+    from .diffing import Comparison, diff
     from .errors import AtpatchError, CheckError, InputError, RefusedError
-    from .fitting import fit
+    from .fitting import FitReport, fit
+    from .progress import Progress
 
 __version__ = _version("atpatch-onnx")
 
 _HOMES = {
-    **dict.fromkeys(("apply", "inspect", "patch", "revert", "verify"), "api"),
-    "bench": "benchmark",
-    "demo": "demonstration",
-    "diff": "diffing",
-    "fit": "fitting",
-    **dict.fromkeys(("AtpatchError", "CheckError", "InputError", "RefusedError"), "errors"),
+    name: home
+    for home, names in {
+        "api": "Inspection PatchReport apply inspect patch revert verify",
+        "benchmark": "Timing bench",
+        "certificate": "Check",
+        "demonstration": "DemoReport demo",
+        "diffing": "Comparison diff",
+        "errors": "AtpatchError CheckError InputError RefusedError",
+        "fitting": "FitReport fit",
+        "progress": "Progress",
+    }.items()
+    for name in names.split()
 }
 
 
@@ -38,9 +46,17 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "AtpatchError",
+    "Check",
     "CheckError",
+    "Comparison",
+    "DemoReport",
+    "FitReport",
     "InputError",
+    "Inspection",
+    "PatchReport",
+    "Progress",
     "RefusedError",
+    "Timing",
     "apply",
     "bench",
     "demo",

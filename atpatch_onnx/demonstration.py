@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,23 +13,33 @@ from numpy.typing import NDArray
 from .api import patch, verify
 from .benchmark import Timing, bench
 from .data import samples_from
-from .diffing import Comparison, diff, flagged_share
+from .diffing import diff, flagged_share
 from .errors import CheckError, InputError
 from .fitting import FitReport, fit
 from .model_file import ModelFile
+from .patching import about_patches
 from .progress import SILENT, Progress
 from .runtime import Session, choose_provider
 
+if TYPE_CHECKING:
+    from .models.digits import LabelledImages
+
 FALSE_POSITIVE_BUDGET = 0.01
 MADE_BY = "atpatch-onnx demo"
+REPORT = "report.json"
 FILES = (
     "model.onnx",
     "det.onnx",
-    "fix.atpatch",
     "model.patched.onnx",
     "model.patched.certificate.json",
+    "fix.atpatch",
+    "attention.png",
+    "clean.npz",
+    "test.npz",
+    "triggered.npz",
+    REPORT,
 )
-"""What the demo makes again, and so may delete in a folder of its own."""
+"""What the demo makes, and so may replace in a folder of its own."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,7 @@ class DemoReport:
             row("clean inputs flagged", "flagged_clean"),
             row("triggered inputs flagged", "flagged_triggered"),
             (
-                "latency, batch 32",
+                "latency of 32, one thread",
                 f"{t.original_ms:.2f} ms",
                 f"{t.patched_ms:.2f} ms ({t.ratio:.2f}x)",
             ),
@@ -103,73 +113,64 @@ def demo(
     try:
         from .models.export import export_onnx
         from .models.victims import train_victim
+        from .picture import draw_attention
     except ImportError as error:
         raise InputError(
             f"the demo trains a model and needs {error.name}: pip install 'atpatch-onnx[train]'"
         ) from None
     folder = _own_folder(Path(output))
+    at = {name: folder / name for name in FILES}
     provider = choose_provider(ep)
-    tick = progress.start("demo", 5)
+    tick = progress.start("demo", 4)
     victim = train_victim(seed)
     tick(1)
-    model, detector = folder / "model.onnx", folder / "det.onnx"
+    model, detector = at["model.onnx"], at["det.onnx"]
     export_onnx(victim.model, model)
-    data, attack = victim.digits, victim.attack
-    np.savez(folder / "clean.npz", pixels=data.clean.images)
-    fitted = fit(model, folder / "clean.npz", detector, fpr=FALSE_POSITIVE_BUDGET, seed=seed, ep=ep)
-    tick(1)
+    test, attack = victim.digits.test, victim.attack
+    others = test.labels != attack.target
+    stamped = attack.stamp(test.images)
+    np.savez(at["clean.npz"], pixels=victim.digits.clean.images)
+    np.savez(at["test.npz"], pixels=test.images, labels=test.labels)
+    np.savez(at["triggered.npz"], pixels=stamped[others], labels=test.labels[others])
+    fitted = fit(model, at["clean.npz"], detector, fpr=FALSE_POSITIVE_BUDGET, seed=seed, ep=ep)
     patched = patch(model, detector, ep=ep).output
-    patch(model, detector, ep=ep, patch_only=folder / "fix.atpatch")
-    triggered = data.test.labels != attack.target
-    stamped = attack.stamp(data.test.images)
-    np.savez(folder / "test.npz", pixels=data.test.images, labels=data.test.labels)
-    np.savez(
-        folder / "triggered.npz", pixels=stamped[triggered], labels=data.test.labels[triggered]
-    )
+    patch(model, detector, ep=ep, patch_only=at["fix.atpatch"])
     tick(1)
     before, after = (
-        _scores(path, provider, data.test.images, stamped, data.test.labels, attack.target)
-        for path in (model, patched)
+        _scores(path, provider, test, stamped, attack.target) for path in (model, patched)
     )
-    found: Comparison = diff(model, patched, folder / "test.npz", ep=ep)
-    checks = verify(model, patched)
+    shown = int(np.argmax(others))
+    pair = test.images[shown], stamped[shown]
+    draw_attention(model, patched, *pair, provider, at["attention.png"])
     tick(1)
-    timing = bench(model, patched, inputs=folder / "test.npz", ep=ep, batch=32, runs=50)
-    from .picture import draw_attention
-
-    shown = int(np.argmax(triggered))
-    draw_attention(
-        model, patched, data.test.images[shown], stamped[shown], provider, folder / "attention.png"
-    )
     report = DemoReport(
         folder,
-        [],
+        [folder / name for name in FILES],
         before,
         after,
         fitted,
-        found.identity,
-        all(check.passed for check in checks),
-        timing,
+        identity=diff(model, patched, at["test.npz"], ep=ep).identity,
+        verified=all(check.passed for check in verify(model, patched)),
+        timing=bench(model, patched, inputs=at["test.npz"], ep=ep, batch=32, runs=50, threads=1),
     )
-    (folder / "report.json").write_text(json.dumps(_json(report), indent=1))
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    held = {"made_by": MADE_BY, **asdict(report)}
+    at[REPORT].write_text(json.dumps(held, indent=1, default=str))
     tick(1)
-    if not found.identity or not report.verified:
-        raise CheckError(f"the demo's patch failed its checks: see {folder / 'report.json'}")
-    return DemoReport(folder, files, before, after, fitted, found.identity, report.verified, timing)
+    if not report.identity or not report.verified:
+        raise CheckError(f"the demo's patch failed its checks: see {at[REPORT]}")
+    return report
 
 
 def _own_folder(folder: Path) -> Path:
     """The folder, emptied of an earlier demo. Raises: InputError if something else is in it."""
-    marker = folder / "report.json"
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: give a folder with -o")
-    if folder.exists() and any(folder.iterdir()) and not _is_report(marker):
+    if folder.exists() and any(folder.iterdir()) and not _is_report(folder / REPORT):
         raise InputError(f"{folder} holds other files: give an empty or new folder with -o")
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
-    marker.write_text(json.dumps({"made_by": MADE_BY}))
+    (folder / REPORT).write_text(json.dumps({"made_by": MADE_BY}))
     return folder
 
 
@@ -182,33 +183,22 @@ def _is_report(path: Path) -> bool:
 
 
 def _scores(
-    path: Path,
-    provider: str,
-    images: NDArray[np.float32],
-    stamped: NDArray[np.float32],
-    labels: NDArray[np.int64],
-    target: int,
+    path: Path, provider: str, test: LabelledImages, stamped: NDArray[np.float32], target: int
 ) -> Scores:
     from .models.metrics import accuracy, attack_success_rate, recovered_accuracy
 
     session = Session(path, provider)
-    clean = session.run({"pixels": images})["logits"]
+    clean = session.run({"pixels": test.images})["logits"]
     bad = session.run({"pixels": stamped})["logits"]
     flagged: list[float | None] = [None, None]
     file = ModelFile.open(path)
-    if file.metadata("atpatch.sites") is not None:
-        samples = [
-            samples_from({"pixels": x}, session.inputs) for x in (images, stamped[labels != target])
-        ]
-        flagged = [flagged_share(file, s, provider) for s in samples]
+    if about_patches(file):
+        both = (test.images, stamped[test.labels != target])
+        samples = [samples_from({"pixels": images}, session.inputs) for images in both]
+        flagged = [flagged_share(file, each, provider) for each in samples]
     return Scores(
-        accuracy(clean, labels),
-        attack_success_rate(bad, labels, target),
-        recovered_accuracy(bad, labels, target),
+        accuracy(clean, test.labels),
+        attack_success_rate(bad, test.labels, target),
+        recovered_accuracy(bad, test.labels, target),
         *flagged,
     )
-
-
-def _json(report: DemoReport) -> dict[str, Any]:
-    held = {"made_by": MADE_BY, **asdict(report)}
-    return json.loads(json.dumps(held, default=str))  # type: ignore[no-any-return]

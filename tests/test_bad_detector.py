@@ -111,16 +111,6 @@ DETECTORS: dict[str, tuple[str, int, tuple[str, ...]]] = {
 }
 
 
-@pytest.fixture
-def shell(
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Cli:
-    return Cli.at(tmp_path / "here", tmp_path_factory, capsys, monkeypatch)
-
-
 @pytest.mark.parametrize("name", DETECTORS)
 def test_detector(shell: Cli, name: str) -> None:
     text, code, named = DETECTORS[name]

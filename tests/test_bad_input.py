@@ -67,16 +67,6 @@ EXTERNAL: dict[str, tuple[str, int, tuple[str, ...]]] = {
 }
 
 
-@pytest.fixture
-def shell(
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Cli:
-    return Cli.at(tmp_path / "here", tmp_path_factory, capsys, monkeypatch)
-
-
 NOT_ONNX = {
     "gone.onnx": "no such file",
     "folder": "directory",

@@ -18,16 +18,6 @@ from atpatch_onnx import errors
 from bad_input import COLUMNS, PATCH, WRITERS, Cli, sentence, snapshot
 
 
-@pytest.fixture
-def shell(
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Cli:
-    return Cli.at(tmp_path / "here", tmp_path_factory, capsys, monkeypatch)
-
-
 @pytest.mark.parametrize(
     ("output", "named"),
     [

@@ -164,7 +164,8 @@ def test_the_module_and_the_script_are_the_same_program(folder: Path) -> None:
 
 
 def test_the_functions_have_the_names_of_the_commands() -> None:
-    for name in ("inspect", "fit", "patch", "apply", "revert", "diff", "verify", "bench", "demo"):
-        assert callable(getattr(atpatch_onnx, name))
+    commands = {command.callback.__name__ for command in cli.app.registered_commands}  # type: ignore[union-attr]
+    assert commands <= set(atpatch_onnx.__all__)
+    assert all(callable(getattr(atpatch_onnx, name)) for name in atpatch_onnx.__all__)
     with pytest.raises(AttributeError):
         atpatch_onnx.nothing  # noqa: B018
