@@ -21,10 +21,6 @@ from .model_file import ModelFile
 from .progress import SILENT, Progress
 from .runtime import Arrays, InputSpec, Session, choose_provider, onnxruntime
 
-PAUSE_S = 0.02
-"""Before each timed run: the threads of the other session spin for a while after they are done,
-and would take the cores from this one."""
-
 
 @dataclass(frozen=True)
 class Timing:
@@ -77,7 +73,10 @@ def bench(
     for path in (model, patched):
         check_layout(ModelFile.open(path))
     provider = choose_provider(ep)
-    pair = [Session(Path(path), provider, threads=threads) for path in (model, patched)]
+    # Idle threads of one session that spin would take the cores from the other.
+    pair = [
+        Session(Path(path), provider, threads=threads, spinning=False) for path in (model, patched)
+    ]
     if inputs is not None:
         feeds, _ = next(load_samples(inputs, pair[0].inputs).batches(batch))
     else:
@@ -93,7 +92,6 @@ def bench(
         order = (0, 1) if index % 2 == 0 else (1, 0)
         measured = {}
         for which in order:
-            time.sleep(PAUSE_S)
             start = time.perf_counter()
             steps[which]()
             measured[which] = time.perf_counter() - start

@@ -99,12 +99,15 @@ class Session:
         folder: Path | None = None,
         threads: int = 0,
         name: str | None = None,
+        spinning: bool = True,
     ) -> None:
         self.name = name or ("the model" if isinstance(model, bytes) else str(model))
         ort = onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = threads
+        if not spinning:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if isinstance(model, bytes) and folder is not None:
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(folder.resolve())

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from onnx import ModelProto
 
+from atpatch_onnx.benchmark import machine
 from atpatch_onnx.model_file import ModelFile
 from atpatch_onnx.passes.graph_view import GraphView
 from atpatch_onnx.passes.locate import locate
@@ -124,7 +125,12 @@ def main() -> None:
     print(f"third-party graphs: {zoo}")
     if not only:
         listed = [asdict(row) for row in rows]
-        document = {"summary": summary, "third-party graphs": zoo, "rows": listed}
+        document = {
+            "machine": machine("cpu"),
+            "summary": summary,
+            "third-party graphs": zoo,
+            "rows": listed,
+        }
         (RESULTS / "coverage.json").write_text(json.dumps(document, indent=0) + "\n")
 
 

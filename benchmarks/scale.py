@@ -22,6 +22,8 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
+from atpatch_onnx.benchmark import machine
+
 RESULTS = Path(__file__).parent / "results"
 GIB = 1 << 30
 
@@ -169,7 +171,12 @@ def main() -> None:
     for name, row in rows.items():
         print(name, row)
     print("weight file untouched:", untouched)
-    document = {"runs": options.runs, "weight_file_untouched": untouched, "rows": rows}
+    document = {
+        "machine": machine("cpu"),
+        "runs": options.runs,
+        "weight_file_untouched": untouched,
+        "rows": rows,
+    }
     (RESULTS / "scale.json").write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -75,10 +75,13 @@ def redistribute(
         elif double:
             benign = f.cast(benign, compute, "benign_wide")
         benign = f.op("Max", benign, zero, name="benign_not_negative")
-        # Small before large: for a benign attention without rows, only the second Where is Q x K.
+        # Small before large: a benign attention without rows is made Q x K only by the Min, which
+        # gives nothing to unseen keys and costs half of a Where. (A probability below the normal
+        # numbers of its type counts as hardly seen.)
         wanted = f.op("Where", flagged, benign, zero, name="wanted")
-        seen = f.op("Greater", wide, zero, name="visible")
-        target = f.op("Where", seen, wanted, zero, name="target")
+        huge = f.number(float(np.finfo(dtype).max) * 0.5, dtype)
+        seen = f.op("Mul", wide, huge, name="visible")
+        target = f.op("Min", seen, wanted, name="target")
         asked = f.axes_op("ReduceSum", target, [3], "asked_mass", keepdims=1)
         has_rest = f.op("Greater", rest, tiny, name="has_kept_mass")
         limit = f.op("Min", asked, mass, name="limited_mass")

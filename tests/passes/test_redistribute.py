@@ -96,6 +96,7 @@ def test_rows_keep_their_mass_and_match_float64(
 ) -> None:
     p, m, b = case
     p = p.astype(TYPES[dtype])
+    p[p < np.finfo(p.dtype).tiny] = 0  # subnormal numbers count as hardly seen
     out = redistributed(p, m, b, mode)
     assert np.isfinite(out).all()
     assert (out >= 0).all()
