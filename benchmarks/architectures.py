@@ -7,16 +7,14 @@ configuration. `benchmarks/coverage.py` measures how many of them are found.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from atpatch_onnx.models.export import quiet
 
 from architectures_core import EXPORTERS, Architecture
 from architectures_media import AUDIOS, MULTIMODALS, VISIONS
@@ -32,15 +30,23 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def export(
-    architecture: Architecture, attention: str, exporter: str, opset: int, path: Path
+    architecture: Architecture,
+    attention: str,
+    exporter: str,
+    opset: int,
+    path: Path,
+    half: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Writes one ONNX file and returns the example inputs to run it with.
+    """Writes one ONNX file, `half` in float16, and returns the example inputs to run it with.
 
     Raises: whatever the exporter raises; `ValueError` for a combination known not to work.
     """
     if reason := architecture.unsupported.get((attention, exporter, opset)):
         raise ValueError(f"{architecture.name} {attention} {exporter} {opset}: {reason}")
     module, inputs = architecture.build(attention)
+    if half:
+        module.half()
+        inputs = {n: t.half() if t.is_floating_point() else t for n, t in inputs.items()}
     axes = {} if exporter in architecture.static else architecture.dynamic
     options: dict[str, Any] = {
         "input_names": list(inputs),
@@ -54,20 +60,6 @@ def export(
             options["dynamic_shapes"] = (tuple(dict(axes[name]) for name in inputs),)
     else:
         options["dynamic_axes"] = {name: dict(named) for name, named in axes.items()}
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         torch.onnx.export(module, tuple(inputs.values()), str(path), **options)
     return {name: tensor.numpy() for name, tensor in inputs.items()}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings, logging or progress bars of the exporters."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            with contextlib.redirect_stderr(io.StringIO()):
-                yield
-    finally:
-        logging.disable(level)

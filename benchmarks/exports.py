@@ -62,13 +62,20 @@ class Row:
         return found == wanted
 
 
-def measure(each: Architecture, attention: str, exporter: str, opset: int, path: Path) -> Row:
+def measure(
+    each: Architecture,
+    attention: str,
+    exporter: str,
+    opset: int,
+    path: Path,
+    half: bool = False,
+) -> Row:
     """Export (or take the file that is there), locate, patch, compare, revert."""
     stored = path.with_suffix(".npz")
     if path.exists() and stored.exists():
         feeds = dict(np.load(stored))
     else:
-        feeds = export(each, attention, exporter, opset, path)
+        feeds = export(each, attention, exporter, opset, path, half)
         np.savez(stored, allow_pickle=False, **feeds)
     file = ModelFile.open(path)
     found = locate(file.skeleton)

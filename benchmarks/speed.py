@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import atpatch_onnx
 from atpatch_onnx.benchmark import bench
+from atpatch_onnx.models.export import quiet
 from atpatch_onnx.runtime import choose_provider
 
 from detectors import ALWAYS, NEVER
@@ -69,16 +70,17 @@ def make(name: str, folder: Path, half: bool) -> tuple[Path, dict[str, Any]]:
     path = folder / f"{name.split('-')[0].lower()}{'-half' if half else ''}.onnx"
     if half:
         model = model.half()
-    torch.onnx.export(
-        model,
-        (torch.from_numpy(sample),),
-        str(path),
-        input_names=["x"],
-        output_names=["logits"],
-        dynamic_axes={"x": axes, "logits": axes},
-        opset_version=17,
-        dynamo=False,
-    )
+    with quiet():
+        torch.onnx.export(
+            model,
+            (torch.from_numpy(sample),),
+            str(path),
+            input_names=["x"],
+            output_names=["logits"],
+            dynamic_axes={"x": axes, "logits": axes},
+            opset_version=17,
+            dynamo=False,
+        )
     return path, {"x": sample}
 
 

@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,46 +30,35 @@ def export_onnx(model: VisionTransformer, path: str | Path, opset: int = 17) -> 
     config = model.config
     # Two examples: a batch of one would make torch.export specialise the axis.
     pixels = torch.zeros(2, config.channels, config.image_size, config.image_size)
+    options: dict[str, Any] = {
+        "input_names": ["pixels"],
+        "output_names": ["logits"],
+        "opset_version": opset,
+        "dynamo": opset >= FIRST_TORCH_EXPORT_OPSET,
+    }
+    if options["dynamo"]:
+        options["dynamic_shapes"] = {"pixels": {0: torch.export.Dim("batch")}}
+        options |= {"external_data": False, "verbose": False}
+    else:
+        options["dynamic_axes"] = {"pixels": {0: "batch"}, "logits": {0: "batch"}}
     was_training = model.training
     model.eval()
     try:
-        with _quiet():
-            if opset >= FIRST_TORCH_EXPORT_OPSET:
-                torch.onnx.export(
-                    model,
-                    (pixels,),
-                    str(path),
-                    input_names=["pixels"],
-                    output_names=["logits"],
-                    opset_version=opset,
-                    dynamic_shapes={"pixels": {0: torch.export.Dim("batch")}},
-                    dynamo=True,
-                    external_data=False,
-                    verbose=False,
-                )
-            else:
-                torch.onnx.export(
-                    model,
-                    (pixels,),
-                    str(path),
-                    input_names=["pixels"],
-                    output_names=["logits"],
-                    opset_version=opset,
-                    dynamic_axes={"pixels": {0: "batch"}, "logits": {0: "batch"}},
-                    dynamo=False,
-                )
+        with quiet():
+            torch.onnx.export(model, (pixels,), str(path), **options)
     finally:
         model.train(was_training)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence deprecation warnings, progress prints and log lines; errors still raise."""
     previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            yield
+            with contextlib.redirect_stderr(io.StringIO()):
+                yield
     finally:
         logging.disable(previous)

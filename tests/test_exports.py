@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from onnx import TensorProto
 
 pytest.importorskip("transformers", reason="the [test] extra has it")
+
+from atpatch_onnx.model_file import ModelFile
+from atpatch_onnx.passes.locate import locate
 
 from architectures import ARCHITECTURES
 from exports import measure
@@ -40,3 +44,26 @@ def test_sites_are_found_and_a_patch_that_flags_nothing_changes_nothing(
     assert row.described is not False or name == "siglip"  # cross attention of its pooling head
     assert row.checked is True
     assert row.reverted is True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "attention", "exporter", "opset"),
+    [
+        ("bert", "sdpa", "dynamo", 18),
+        ("gpt2", "eager", "torchscript", 17),
+        ("vit", "eager", "torchscript", 14),
+        ("swin", "sdpa", "torchscript", 17),
+    ],
+)
+def test_float16_exports_keep_their_bits_too(
+    name: str, attention: str, exporter: str, opset: int, tmp_path: Path
+) -> None:
+    each = ARCHITECTURES[name]
+    row = measure(each, attention, exporter, opset, tmp_path / "model.onnx", half=True)
+    assert row.found == each.sites
+    assert row.identical is True
+    elem = {
+        site.elem_type for site in locate(ModelFile.open(tmp_path / "model.onnx").skeleton).sites
+    }
+    assert elem == {TensorProto.FLOAT16}
