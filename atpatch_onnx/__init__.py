@@ -44,6 +44,10 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]
+
+
 __all__ = [
     "AtpatchError",
     "Check",

@@ -19,7 +19,7 @@ from .passes.locate import Other, Sites, locate
 from .passes.outcome import Outcome, PassResult, Skipped
 from .passes.splice import Splice, Strategy
 from .patch_file import load_patch, save_patch
-from .patching import Patch, Rewritten, about_edit, base_sha256, record_keys
+from .patching import Patch, Rewritten, about_edit, base_sha256, check_order, record_keys
 from .patching import apply as apply_edits
 from .patching import revert as revert_file
 from .plan import read_plan, write_plan
@@ -78,9 +78,9 @@ def patch(
     detector: PathLike | None = None,
     *,
     output: PathLike | None = None,
-    sites: Sequence[str] = (),
+    sites: str | Sequence[str | int] = (),
     plan: PathLike | None = None,
-    columns: Sequence[int] = (),
+    columns: int | Sequence[int] = (),
     redistribute: str | None = None,
     threshold: float | None = None,
     strategy: str | None = None,
@@ -112,6 +112,8 @@ def patch(
     check_layout(file)
     found = locate(file.skeleton)
     view = GraphView.of(file.skeleton)
+    sites = sites.split(",") if isinstance(sites, str) else sites
+    columns = [columns] if isinstance(columns, int) else columns
     path = None if detector is None else Path(detector)
     plan = None if plan is None else Path(plan)
     plans = [] if plan is None else read_plan(plan, file.sha256)
@@ -195,6 +197,7 @@ def verify(
     Raises: InputError for files that cannot be read.
     """
     base, result = ModelFile.open(model), ModelFile.open(patched)
+    check_order(base, result)
     path = Path(certificate) if certificate else certificate_path(result.path)
     claimed = None
     if certificate is not None or path.exists():

@@ -17,7 +17,10 @@ from .api import PathLike
 from .data import load_samples
 from .errors import InputError, at_least
 from .external_data import check_layout
+from .layout import with_batch_axes
 from .model_file import ModelFile
+from .passes.locate import locate
+from .patching import check_order
 from .progress import SILENT, Progress
 from .runtime import Arrays, InputSpec, Session, choose_provider, onnxruntime
 
@@ -70,20 +73,23 @@ def bench(
         (0, threads, "--threads"),
     ):
         at_least(least, value, option)
-    for path in (model, patched):
-        check_layout(ModelFile.open(path))
+    files = [ModelFile.open(path) for path in (model, patched)]
+    for file in files:
+        check_layout(file)
+    check_order(*files)
     provider = choose_provider(ep)
     # Idle threads of one session that spin would take the cores from the other.
     pair = [
         Session(Path(path), provider, threads=threads, spinning=False) for path in (model, patched)
     ]
+    specs = with_batch_axes(pair[0].inputs, locate(files[0].skeleton).sites)
     if inputs is not None:
-        feeds, _ = next(load_samples(inputs, pair[0].inputs).batches(batch))
+        feeds = next(load_samples(inputs, specs).batches(batch)).feeds
     else:
-        feeds = random_feeds(pair[0].inputs, batch, length)
+        feeds = random_feeds(specs, batch, length)
     outputs = pair[0].outputs
     for session in pair:
-        session.run(feeds, outputs)  # a wrong input is told here, and not by the runtime
+        _try(session, feeds, inputs is None)
     steps = [stepper(session, feeds, outputs, provider) for session in pair]
     tick = progress.start("timing", runs + warmup)
     times = []
@@ -113,6 +119,15 @@ def bench(
     )
 
 
+def _try(session: Session, feeds: Arrays, made_up: bool) -> None:
+    """Run once. Raises: InputError, which the timed runs would not."""
+    try:
+        session.run(feeds)
+    except InputError as error:
+        hint = "; give real data with --inputs" if made_up else ""
+        raise InputError(f"{error}{hint}") from None
+
+
 def stepper(
     session: Session, feeds: Arrays, outputs: Sequence[str], provider: str
 ) -> Callable[[], object]:
@@ -134,7 +149,7 @@ def stepper(
 
 
 def random_feeds(inputs: Sequence[InputSpec], batch: int, length: int, seed: int = 0) -> Arrays:
-    """Inputs that any model takes: normal floats, small token numbers, masks of ones.
+    """Inputs that any model takes: normal floats, token numbers below 8, masks of ones.
 
     Raises: InputError for an input of a type that NumPy does not have.
     """
@@ -144,7 +159,7 @@ def random_feeds(inputs: Sequence[InputSpec], batch: int, length: int, seed: int
         if spec.dtype is None:
             raise InputError(f"the input '{spec.name}' needs real data: give --inputs x.npz")
         shape = [
-            d if isinstance(d, int) else batch if axis == 0 else length
+            d if isinstance(d, int) else batch if axis == spec.axis else length
             for axis, d in enumerate(spec.shape)
         ]
         kind = np.dtype(spec.dtype).kind
@@ -157,7 +172,7 @@ def random_feeds(inputs: Sequence[InputSpec], batch: int, length: int, seed: int
         elif "position" in spec.name:
             feeds[spec.name] = np.broadcast_to(np.arange(shape[-1]), shape).astype(spec.dtype)
         else:
-            feeds[spec.name] = rng.integers(1, 64, shape).astype(spec.dtype)
+            feeds[spec.name] = rng.integers(1, 8, shape).astype(spec.dtype)
     return feeds
 
 

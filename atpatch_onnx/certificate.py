@@ -370,6 +370,11 @@ def _check_certificate(claimed: dict[str, Any], found: list[Certificate]) -> str
             mine, theirs = ({**t, "sha256": None} for t in (mine, theirs))
         if mine != theirs:
             raise CheckError(f"the tensor '{mine['name']}' is not the one of the certificate")
+    if unread and any(t["sha256"] for t in actual["initializers"] if t["external"] is not None):
+        raise CheckError(
+            f"the certificate holds no digest of '{unread[0]}', whose bytes lie in another file: "
+            "patch with --digests to have them compared"
+        )
     note = f"; {len(unread)} external tensors compared by reference only" if unread else ""
     return f"all digests agree ({len(hashed)} tensors by content{note})"
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from . import api, show
+from . import __version__, api, show
 from .errors import AtpatchError, CheckError, InputError, one_sentence
 from .progress import Progress, Tick
 
@@ -26,7 +26,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 INTERRUPTED = 130
-out, err = Console(), Console(stderr=True)
+# A pipe has no width: rows stay whole there, so that names can be searched and copied.
+out = Console(width=None if sys.stdout.isatty() else 240)
+err = Console(stderr=True)
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="The original .onnx file.")]
 PatchedModel = Annotated[Path, typer.Argument(metavar="PATCHED", help="The patched .onnx file.")]
@@ -61,6 +63,21 @@ def _bars() -> Iterator[Bars]:
     bars = Bars()
     with bars.bars:
         yield bars
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"atpatch-onnx {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Hot-patch exported ONNX transformers by redistributing attention."""
 
 
 @app.command()
@@ -193,7 +210,7 @@ def revert(
 ) -> None:
     """Get the original file back, byte for byte, from the patched one alone."""
     report = api.revert(patched, output=output, force=force)
-    _print(as_json, _plain(report), lambda: show.reverted(out, report))
+    _print(as_json, {"output": str(report)}, lambda: show.reverted(out, report))
 
 
 @app.command()
@@ -330,6 +347,8 @@ class _ReportedError(CheckError):
 
 def main() -> None:
     """Run the command line; every error a user can cause is one sentence and an exit code."""
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
     try:
         code = app(standalone_mode=False)
         if code == INTERRUPTED:  # typer has swallowed the exception

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,32 +16,49 @@ from .runtime import Array, Arrays, InputSpec
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Inputs of one run: `size` samples, of which the first `real` are no padding."""
+
+    feeds: Arrays
+    size: int
+    real: int
+
+
+@dataclass(frozen=True)
 class Samples:
-    """Inputs of a model, one sample an entry of axis 0.
+    """Inputs of a model, one sample an entry of axis 0, whatever the model's own layout.
 
     arrays: by input name; scalars are given to every run as they are.
     count: number of samples.
+    axes: where the model wants the batch, for inputs that want it elsewhere than on axis 0.
     fixed_batch: the batch size that the model insists on; None: any.
     """
 
     arrays: Arrays
     count: int
+    axes: dict[str, int] = field(default_factory=dict)
     fixed_batch: int | None = None
 
-    def batches(self, size: int) -> Iterator[tuple[Arrays, int]]:
-        """Feeds of at most `size` samples, with how many of them count (the rest is padding)."""
+    def batches(self, size: int) -> Iterator[Batch]:
+        """The samples in batches of at most `size`, in the model's layout."""
         size = self.fixed_batch or size
         for start in range(0, self.count, size):
             real = min(size, self.count - start)
             index = np.arange(start, start + real)
             if self.fixed_batch:
                 index = np.resize(index, size)
-            yield {k: v[index] if v.ndim else v for k, v in self.arrays.items()}, real
+            feeds = {name: self._feed(name, array, index) for name, array in self.arrays.items()}
+            yield Batch(feeds, len(index), real)
+
+    def _feed(self, name: str, array: Array, index: Array) -> Array:
+        if not array.ndim:
+            return array
+        return np.ascontiguousarray(np.moveaxis(array[index], 0, self.axes.get(name, 0)))
 
     def take(self, index: Array) -> Samples:
         """The samples at `index`."""
         arrays = {k: v[index] if v.ndim else v for k, v in self.arrays.items()}
-        return Samples(arrays, len(index), self.fixed_batch)
+        return Samples(arrays, len(index), self.axes, self.fixed_batch)
 
     def sha256(self) -> str:
         """Digest of names, types, shapes and values, whatever file they came from."""
@@ -51,11 +68,6 @@ class Samples:
             sha.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
             sha.update(array.tobytes())
         return sha.hexdigest()
-
-
-def batch_size(feeds: Arrays) -> int:
-    """The number of samples in a batch, padding included."""
-    return max((len(array) for array in feeds.values() if array.ndim), default=1)
 
 
 def load_arrays(path: str | Path) -> Arrays:
@@ -81,17 +93,19 @@ def load_arrays(path: str | Path) -> Arrays:
     return arrays
 
 
-def load_samples(path: str | Path, inputs: Sequence[InputSpec]) -> Samples:
-    """The samples in `path` for a model with `inputs`. Raises: InputError, saying what is wrong."""
-    return samples_from(load_arrays(path), inputs, str(path))
+def load_samples(data: str | Path | Mapping[str, Array], inputs: Sequence[InputSpec]) -> Samples:
+    """The samples of a file, or of arrays by name. Raises: InputError."""
+    if isinstance(data, Mapping):
+        return samples_from(dict(data), inputs)
+    return samples_from(load_arrays(data), inputs, str(data))
 
 
 def samples_from(arrays: Arrays, inputs: Sequence[InputSpec], source: str = "the data") -> Samples:
     """Check `arrays` against `inputs`; keys that are no inputs (labels, say) are left out."""
     names = [spec.name for spec in inputs]
     missing = [name for name in names if name not in arrays]
-    if len(names) == 1 and len(arrays) == 1:
-        arrays = {names[0]: next(iter(arrays.values()))}
+    if len(names) == 1 and len(arrays) == 1 and set(arrays) <= {"", "arr_0"}:
+        arrays = {names[0]: next(iter(arrays.values()))}  # saved without a name
     elif missing:
         found = ", ".join(key for key in arrays if key) or (
             "one array without a name" if arrays else "nothing"
@@ -111,19 +125,22 @@ def samples_from(arrays: Arrays, inputs: Sequence[InputSpec], source: str = "the
     count = next(iter(counts.values()), 0)
     if count == 0:
         raise InputError(f"{source} has no samples: give at least one on axis 0")
-    first = {s.shape[0] for s in inputs if s.shape and isinstance(s.shape[0], int)}
-    return Samples(checked, count, first.pop() if len(first) == 1 else None)
+    fixed = {d for s in inputs if s.shape and isinstance(d := s.shape[s.axis], int)}
+    axes = {spec.name: spec.axis for spec in inputs if spec.axis}
+    return Samples(checked, count, axes, fixed.pop() if len(fixed) == 1 else None)
 
 
 def _checked(array: Array, spec: InputSpec, source: str) -> Array:
-    expected = [d if isinstance(d, int) else str(d or "?") for d in spec.shape]
+    own = [d if isinstance(d, int) else str(d or "?") for d in spec.shape]
+    rest = own[: spec.axis] + own[spec.axis + 1 :]
+    layout = f", whose own layout is {own}" if spec.axis else ""
     wrong = InputError(
         f"{source}: the input '{spec.name}' has shape {list(array.shape)}, the model expects "
-        f"{expected} with one sample an entry of axis 0"
+        f"{[own[spec.axis], *rest] if own else own}{layout}: give one sample an entry of axis 0"
     )
     if array.ndim != len(spec.shape):
         raise wrong
-    pairs = zip(array.shape[1:], spec.shape[1:], strict=True) if array.ndim else ()
+    pairs = zip(array.shape[1:], rest, strict=True) if array.ndim else ()
     if any(isinstance(d, int) and d != n for n, d in pairs):
         raise wrong
     if spec.dtype is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,13 +12,15 @@ from onnx import TensorProto
 
 from .api import PathLike
 from .certificate import Difference, compare
-from .data import Samples, batch_size, load_samples
+from .data import Batch, Samples, load_samples
 from .edits import Edit
 from .errors import CheckError, RefusedError, at_least
 from .external_data import check_layout
+from .layout import batch_axis, batch_dimension, with_batch_axes
 from .model_file import ModelFile
+from .passes.locate import locate
 from .passes.probe import add_output
-from .patching import about_patches, names
+from .patching import about_patches, check_order, names
 from .probed import Probed, flagged_columns
 from .progress import SILENT, Progress
 from .runtime import Array, Arrays, Session, choose_provider
@@ -67,36 +70,44 @@ class Comparison:
 def diff(
     model: PathLike,
     patched: PathLike,
-    inputs: PathLike | None = None,
+    inputs: PathLike | Mapping[str, Array] | None = None,
     *,
     ep: str | None = None,
     batch: int = 32,
     progress: Progress = SILENT,
 ) -> Comparison:
-    """Compare the graphs and, on `inputs` (`.npz` or `.npy`), the outputs and what is flagged.
+    """Compare the graphs and, on `inputs`, the outputs and what is flagged.
+
+    inputs: `.npz`, `.npy` or arrays by name, one sample an entry of axis 0.
 
     Raises: CheckError if `patched` is not `model` with a patch, InputError for unusable inputs.
     """
     at_least(1, batch, "--batch")
     base, result = ModelFile.open(model), ModelFile.open(patched)
+    check_order(base, result)
     difference = compare(base, result)
     if inputs is None:
         return Comparison(difference, None, 0, 0, [], [], None)
     check_layout(base)
     provider = choose_provider(ep)
     before, after = Session(base.path, provider), Session(result.path, provider)
-    samples = load_samples(inputs, before.inputs)
+    sites = locate(base.skeleton).sites
+    specs = with_batch_axes(before.inputs, sites)
+    samples = load_samples(inputs, specs)
+    batch_dim = batch_dimension(sites, specs)
+    axes = {name: batch_axis(shape, batch_dim) for name, shape in before.output_shapes.items()}
     flags = FlagReader(result, provider)
     outputs = {name: OutputDifference(name) for name in before.outputs}
     flagged_inputs = 0
     tick = progress.start("comparing", samples.count)
-    for feeds, real in samples.batches(batch):
-        flagged = flags.read(feeds, real)
+    for part in samples.batches(batch):
+        flagged = flags.read(part)
         flagged_inputs += int(flagged.sum())
-        old, new = before.run(feeds), after.run(feeds, before.outputs)
+        old, new = before.run(part.feeds), after.run(part.feeds, before.outputs)
         for name, found in outputs.items():
-            add_output_difference(found, old[name], new[name], flagged, batch_size(feeds))
-        tick(real)
+            was, now = (_batch_first(values[name], axes[name]) for values in (old, new))
+            add_output_difference(found, was, now, flagged, part.size)
+        tick(part.real)
     moved = any(found.unflagged_changed for found in outputs.values())
     return Comparison(
         difference,
@@ -118,7 +129,7 @@ class FlagReader:
     def __init__(self, model: ModelFile, provider: str) -> None:
         entries = [site for about in about_patches(model) for site in about["sites"]]
         if not entries:
-            raise RefusedError(f"{model.path} does not say what was patched: patch it again")
+            raise RefusedError(f"{model.path} carries no patch: give the patched model second")
         self.sites = [SiteFlags(entry["site"]) for entry in entries]
         self._values = [entry["flagged"] for entry in entries]
         made = set(names(model.skeleton))
@@ -135,14 +146,14 @@ class FlagReader:
         ]
         self._session = Probed(model, edits, provider).session
 
-    def read(self, feeds: Arrays, real: int) -> NDArray[np.bool_]:
-        """Which of the first `real` samples are flagged at any site; counts them site by site."""
+    def read(self, part: Batch) -> NDArray[np.bool_]:
+        """Which of the real samples of a batch are flagged at any site; counts site by site."""
         read = [v for v in dict.fromkeys(self._values) if v not in self._constant]
-        values: Arrays = {**self._constant, **(self._session.run(feeds, read) if read else {})}
-        batch = batch_size(feeds)
-        anywhere = np.zeros(real, bool)
+        found = self._session.run(part.feeds, read) if read else {}
+        values: Arrays = {**self._constant, **found}
+        anywhere = np.zeros(part.real, bool)
         for site, name in zip(self.sites, self._values, strict=True):
-            columns = flagged_columns(values[name], batch)[:real]
+            columns = flagged_columns(values[name], part.size)[: part.real]
             site.inputs += int(columns.any(axis=1).sum())
             for column, count in enumerate(columns.sum(axis=0)):
                 if count:
@@ -156,6 +167,10 @@ def _stored(model: ModelFile, name: str) -> Array:
     assert tensor is not None
     stored: Array = onnx.numpy_helper.to_array(tensor)
     return stored
+
+
+def _batch_first(value: Array, axis: int) -> Array:
+    return np.moveaxis(value, axis, 0) if axis < value.ndim else value
 
 
 def add_output_difference(
@@ -182,5 +197,5 @@ def add_output_difference(
 def flagged_share(model: ModelFile, samples: Samples, provider: str, batch: int = 32) -> float:
     """Share of `samples` in which any site of the patched `model` flags a column."""
     reader = FlagReader(model, provider)
-    total = sum(int(reader.read(f, n).sum()) for f, n in samples.batches(batch))
+    total = sum(int(reader.read(part).sum()) for part in samples.batches(batch))
     return total / samples.count

@@ -101,17 +101,17 @@ def check_output(path: Path, inputs: Iterable[Path], *, force: bool, ours: bool 
     if not exists:
         return
     if path.is_dir():
-        raise InputError(f"the output {path} is a folder: give a file name with -o")
+        raise InputError(f"the output {path} is a folder: give a file name")
     if not path.is_file():
-        raise InputError(f"the output {path} is a device or pipe: give a file name with -o")
+        raise InputError(f"the output {path} is a device or pipe: give a file name")
     for source in inputs:
         if source.exists() and path.samefile(source):
             raise InputError(
                 f"the output {path} is the input {source}, which is never overwritten: give "
-                "another name with -o"
+                "another name"
             )
     if not force and not ours:
-        raise InputError(f"{path} exists already: give another name with -o, or add --force")
+        raise InputError(f"{path} exists already: give another name, or add --force")
 
 
 def _open(path: Path) -> _Staged:

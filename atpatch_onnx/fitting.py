@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +14,12 @@ from .data import load_samples
 from .errors import InputError, RefusedError, at_least
 from .external_data import check_layout, external_files
 from .files import check_output, write_file
+from .layout import with_batch_axes
 from .model_file import ModelFile
 from .passes.locate import locate
 from .plan import choose_sites
 from .progress import SILENT, Progress
-from .runtime import Session, choose_provider
+from .runtime import Array, Session, choose_provider
 from .zscore_fitting import ZScoreFit
 
 
@@ -35,7 +36,7 @@ class FitReport:
 
 def fit(
     model: PathLike,
-    data: PathLike,
+    data: PathLike | Mapping[str, Array],
     output: PathLike,
     *,
     kind: str = "zscore",
@@ -49,7 +50,8 @@ def fit(
 ) -> FitReport:
     """Fit a detector for the attention sites of `model` on clean `data` and write it to `output`.
 
-    data: `.npz` or `.npy` with the model's inputs, one sample an entry of axis 0.
+    data: `.npz` or `.npy` with the model's inputs, or arrays by name; one sample an entry of
+        axis 0, also where the model has its batch elsewhere.
     fpr: how many clean inputs may be flagged, as a rate, over all sites together.
     seed: which inputs are held out; batch: inputs a run; ep: execution provider, cuda or cpu.
     Raises: InputError, RefusedError. Nothing is written then.
@@ -61,7 +63,8 @@ def fit(
     file = ModelFile.open(model)
     check_layout(file)
     target = Path(output)
-    protected = [file.path, Path(data), *external_files(file)]
+    sources = [] if isinstance(data, Mapping) else [Path(data)]
+    protected = [file.path, *sources, *external_files(file)]
     check_output(target, protected, force=force, ours=_fitted_for(target, file))
     found = locate(file.skeleton)
     chosen = tuple(choose_sites(found.sites, sites))
@@ -72,11 +75,13 @@ def fit(
             "atpatch-onnx inspect"
         )
     provider = choose_provider(ep)
-    samples = load_samples(data, Session(file.path, provider).inputs)
+    inputs = with_batch_axes(Session(file.path, provider).inputs, found.sites)
+    samples = load_samples(data, inputs)
+    source = "the data" if isinstance(data, Mapping) else str(data)
     for name, array in samples.arrays.items():
         if array.dtype.kind == "f" and bool(np.isnan(array).any()):
             raise InputError(
-                f"{data} has NaN in the input '{name}': leave those samples out, they have no "
+                f"{source} has NaN in the input '{name}': leave those samples out, they have no "
                 "attention to learn from"
             )
     tick = progress.start("fitting", 2 * samples.count)

@@ -144,6 +144,14 @@ def revert(model: ModelFile) -> Rewritten:
     return result
 
 
+def check_order(model: ModelFile, patched: ModelFile) -> None:
+    """Raises: InputError if the patched model was given first."""
+    if record_keys(model) and not record_keys(patched):
+        raise InputError(
+            f"{model.path} is the patched model and {patched.path} is none: give the original first"
+        )
+
+
 def base_sha256(model: ModelFile) -> str | None:
     """The digest of what a patched model was made from, as it says itself."""
     keys = record_keys(model)

@@ -33,7 +33,6 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "redistribute": (str,),
     "columns": (list,),
 }
-_INFORMATION = {"form", "heads", "causal", "cross"}
 
 
 def write_plan(sites: Sites, model: Path, sha256: str) -> str:
@@ -50,17 +49,19 @@ def write_plan(sites: Sites, model: Path, sha256: str) -> str:
     for site in sites.sites:
         table = tomlkit.table()
         table.add("name", site.name)
+        table["name"].comment(_described(site))
         table.add("patch", True)
-        if site.facts.heads is not None:
-            table.add("heads", site.facts.heads)
-        table.add("form", site.form)
-        table.add("causal", site.facts.causal)
-        table.add("cross", site.facts.cross)
         listed.append(table)
     document.add("site", listed)
     for other in sites.refused:
         document.add(tomlkit.comment(f"refused: {other.op} '{other.node}': {other.reason}"))
     return tomlkit.dumps(document)
+
+
+def _described(site: Site) -> str:
+    heads = "" if site.facts.heads is None else f", {site.facts.heads} heads"
+    kinds = {"causal": site.facts.causal, "cross attention": site.facts.cross}
+    return site.form + heads + "".join(f", {kind}" for kind, is_so in kinds.items() if is_so)
 
 
 def read_plan(path: Path, sha256: str) -> list[SitePlan]:
@@ -92,7 +93,7 @@ def read_plan(path: Path, sha256: str) -> list[SitePlan]:
 
 
 def _site_plan(path: Path, entry: dict[str, Any]) -> SitePlan:
-    unknown = set(entry) - set(_KINDS) - _INFORMATION
+    unknown = set(entry) - set(_KINDS)
     if unknown:
         raise InputError(
             f"the plan {path} sets '{sorted(unknown)[0]}' for site '{entry['name']}', which is not "
@@ -115,12 +116,12 @@ def _site_plan(path: Path, entry: dict[str, Any]) -> SitePlan:
     return SitePlan(**values)
 
 
-def choose_sites(sites: Sequence[Site], wanted: Sequence[str]) -> list[Site]:
+def choose_sites(sites: Sequence[Site], wanted: Sequence[str | int]) -> list[Site]:
     """The sites that `wanted` names: by name, glob pattern or index. Raises: InputError."""
     if not wanted:
         return list(sites)
     chosen: dict[str, Site] = {}
-    for word in wanted:
+    for word in map(str, wanted):
         found = [s for s in sites if fnmatchcase(s.name, word) or str(s.index) == word]
         if not found:
             names = ", ".join(s.name for s in sites[:6]) + (", ..." if len(sites) > 6 else "")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .data import Samples, batch_size
+from .data import Samples
 from .edits import Edit
 from .model_file import ModelFile
 from .patching import Patch, apply
@@ -26,11 +26,10 @@ class Probed:
         self, samples: Samples, outputs: Sequence[str], batch: int, tick: Tick
     ) -> Iterator[Arrays]:
         """The outputs for each batch of samples, without what only pads a batch."""
-        for feeds, real in samples.batches(batch):
-            size = batch_size(feeds)
-            values = self.session.run(feeds, outputs)
-            yield {name: by_sample(value, size)[:real] for name, value in values.items()}
-            tick(real)
+        for part in samples.batches(batch):
+            values = self.session.run(part.feeds, outputs)
+            yield {name: by_sample(v, part.size)[: part.real] for name, v in values.items()}
+            tick(part.real)
 
 
 def by_sample(value: Array, batch: int) -> Array:

@@ -32,11 +32,16 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class InputSpec:
-    """An input of a model: its name, NumPy type (None: not supported) and dims (None: free)."""
+    """An input of a model: its name, NumPy type (None: not supported) and dims.
+
+    shape: numbers; names or None for free dimensions.
+    axis: where the batch is; models whose sequence comes first have it elsewhere than at 0.
+    """
 
     name: str
     dtype: type[np.generic] | None
     shape: tuple[int | str | None, ...]
+    axis: int = 0
 
 
 def onnxruntime() -> Any:
@@ -137,6 +142,11 @@ class Session:
             InputSpec(i.name, _DTYPES.get(i.type), tuple(i.shape))
             for i in self.session.get_inputs()
         )
+
+    @property
+    def output_shapes(self) -> dict[str, tuple[int | str | None, ...]]:
+        """The dims of the outputs, by name."""
+        return {o.name: tuple(o.shape or ()) for o in self.session.get_outputs()}
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -38,7 +38,11 @@ class Options:
 
 
 def choose_treatments(
-    found: Sites, wanted: Sequence[str], plans: list[SitePlan], plan: Path | None, options: Options
+    found: Sites,
+    wanted: Sequence[str | int],
+    plans: list[SitePlan],
+    plan: Path | None,
+    options: Options,
 ) -> dict[str, Treatment]:
     """What to do at each chosen site, by name. Raises: InputError, RefusedError."""
     options.check()

@@ -47,7 +47,7 @@ class Inliner:
         """The host's names of the detector's tensors, which are added with its first site."""
         if detector.sha256 not in self._tensors:
             number = f"-{len(self._tensors)}" if self._tensors else ""
-            tensors = _renamed(graph, f"atpatch/detector{number}")
+            tensors = _renamed(graph, f"{self.constants.prefix}/detector{number}")
             self.edits += [AddInitializer(tensor) for tensor in tensors.values()]
             self._tensors[detector.sha256] = {old: t.name for old, t in tensors.items()}
             self._import(detector)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from onnx import ModelProto, NodeProto, TensorProto
 
 from .describe import SiteFacts, describe_site, site_names
-from .graph_view import GraphView, Use, attribute, domain, int_attribute
+from .graph_view import GraphView, Use, attribute, domain, int_attribute, subgraphs
 from .walk import Step, describe, downstream, find_changed, find_contexts, find_scores
 
 FLOATS: dict[int, str] = {
@@ -225,7 +225,7 @@ def _candidate(view: GraphView, anchor: _Anchor) -> _Candidate | Other:
     paths = list(find_contexts(view, anchor.output))
     if scores is None:
         return _other(view, node, f"its scores come from {met}, not from a product of Q and K")
-    if any(reader.name.startswith("atpatch/") for reader in downstream(view, anchor.output)):
+    if _is_patched(view, anchor.output):
         return _refused(view, node, "it is patched already", "revert the model first")
     if (changer := find_changed(view, anchor.output)) is not None:
         return _refused(
@@ -316,3 +316,12 @@ def _fused(view: GraphView, node: NodeProto) -> Other:
         f"the fused operator {kind}{node.op_type} {what}",
         _EXPORT_UNFUSED,
     )
+
+
+def _is_patched(view: GraphView, probabilities: str) -> bool:
+    """Whether nodes of a patch read the probabilities, or what passes them on."""
+    readers = list(downstream(view, probabilities))
+    ways = {probabilities, *(name for reader in readers for name in reader.output)}
+    ours = [node for node in view.nodes if node.name.startswith("atpatch/")]
+    captured = {n for o in ours for g in subgraphs(o) for i in g.node for n in i.input}
+    return bool(ways & captured) or any(r.name.startswith("atpatch/") for r in readers)

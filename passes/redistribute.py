@@ -33,7 +33,7 @@ class Redistribution(StrEnum):
     BENIGN = "benign"
     """The detector's benign attention."""
     UNIFORM = "uniform"
-    """The mean of the row's unflagged visible columns."""
+    """The uniform share: what the row's other visible columns have on average afterwards."""
     PRUNE = "prune"
     """Nothing: the same as a -inf bias on their logits."""
 
@@ -71,7 +71,7 @@ def redistribute(
         usable = f.op("Greater", rest, tiny, name="usable")
     else:
         if benign is None:
-            benign = _uniform(f, kept, rest, compute)
+            benign = _uniform(f, wide, mass, compute)
         elif double:
             benign = f.cast(benign, compute, "benign_wide")
         benign = f.op("Max", benign, zero, name="benign_not_negative")
@@ -110,11 +110,15 @@ def redistribute(
     return f.op("Where", chosen, back, probabilities, name="probabilities")
 
 
-def _uniform(f: Fragment, kept: str, rest: str, compute: int) -> str:
-    """The mean `[B, H, Q, 1]` of each row's unflagged visible columns."""
+def _uniform(f: Fragment, wide: str, mass: str, compute: int) -> str:
+    """The uniform share `[B, H, Q, 1]` of each row: its mass by the number of keys that it sees.
+
+    With it the unflagged columns have the same share on average, however many are flagged. (The
+    mean that they had before would take all of the row as soon as half of it is flagged.)
+    """
     dtype = np.float64 if compute == TensorProto.DOUBLE else np.float32
-    visible = f.op("Greater", kept, f.number(0.0, dtype), name="unflagged_visible")
-    ones = f.cast(visible, compute, "unflagged_ones")
-    count = f.axes_op("ReduceSum", ones, [3], "unflagged_count", keepdims=1)
-    some = f.op("Max", count, f.number(1.0, dtype), name="unflagged_some")
-    return f.op("Div", rest, some, name="uniform")
+    seen = f.op("Greater", wide, f.number(0.0, dtype), name="seen")
+    ones = f.cast(seen, compute, "seen_ones")
+    count = f.axes_op("ReduceSum", ones, [3], "seen_count", keepdims=1)
+    some = f.op("Max", count, f.number(1.0, dtype), name="seen_some")
+    return f.op("Div", mass, some, name="uniform")

@@ -103,7 +103,9 @@ class _Splicing:
 
     def __init__(self, options: Splice, view: GraphView) -> None:
         self.options, self.view = options, view
-        self.constants = Constants("atpatch/shared")
+        # A further patch on a patched model has shared names of its own.
+        earlier = sum(p.key.startswith("atpatch.record") for p in view.model.metadata_props)
+        self.constants = Constants(f"atpatch/shared{earlier + 1 if earlier else ''}")
         self.inliner = Inliner(view, self.constants, options.bindings)
         self.edits: list[Edit] = []
         self.thresholds: set[float] = set()
@@ -259,7 +261,7 @@ class _Splicing:
         return name
 
     def static_columns(self, f: Fragment, site: Site, treatment: Treatment, whole: str) -> str:
-        """A mask `[1, 1, 1, K]` of the given columns."""
+        """A mask `[1, 1, 1, K]` of the given columns; `[B, 1, 1, K]` where it is an output."""
         keys = site.facts.shape[-1] if site.facts.shape else None
         if isinstance(keys, int):
             outside = [c for c in treatment.columns if not -keys <= c < keys]
@@ -273,9 +275,17 @@ class _Splicing:
             flagged = self.constants.add(name, mask)
         else:
             flagged = self.computed_columns(f, treatment, whole)
-        if self.options.toggle or self.options.telemetry:
-            enabled = ENABLED if self.options.toggle else self.constants.add("true", np.array(True))
-            flagged = f.op("And", flagged, enabled, name="flagged")
+        if self.options.telemetry:
+            one = whole
+            for axis in (1, 2, 3):
+                one = f.slice(one, 0, 1, axis, f"first{axis}")
+            wide = f.cast(one, TensorProto.FLOAT, "first")
+            every = f.op("Greater", wide, f.number(-1.0), name="every_sample")
+            flagged = f.op("And", flagged, every, name="columns_by_sample")
+        if self.options.toggle:
+            flagged = f.op("And", flagged, ENABLED, name="flagged")
+        elif self.options.telemetry:
+            flagged = f.op("Identity", flagged, name="flagged")
         return flagged
 
     def computed_columns(self, f: Fragment, treatment: Treatment, whole: str) -> str:

@@ -148,8 +148,7 @@ def reference(
         row, flags = p[index], m[index] & (p[index] > 0)
         rest, mass = row[~flags].sum(), row.sum()
         if uniform:
-            seen = ~flags & (row > 0)
-            wanted = np.where(flags, rest / max(seen.sum(), 1), 0.0)
+            wanted = np.where(flags, mass / max((row > 0).sum(), 1), 0.0)
         else:
             wanted = np.where(flags, b[index], 0.0)
         asked = wanted.sum()

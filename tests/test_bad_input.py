@@ -238,7 +238,7 @@ def test_external_data_is_referenced_where_it_is(shell: Cli) -> None:
         ("revert model.onnx -o new.onnx", 2, ["model.onnx", "no patch", "patched file"]),
         ("revert fix.atpatch -o new.onnx", 2, ["fix.atpatch", "no patch"]),
         ("verify model.onnx other.patched.onnx", 1, ["other.patched.onnx", "model.onnx"]),
-        ("verify patched.onnx model.onnx", 1, ["patched.onnx", "model.onnx"]),
+        ("verify patched.onnx model.onnx", 2, ["patched.onnx", "original first"]),
         ("verify model.onnx model.onnx", 1, ["model.onnx", "no patch"]),
         ("diff model.onnx none.onnx", 1, ["none.onnx", "model.onnx"]),
         ("diff model.onnx other.patched.onnx", 1, ["other.patched.onnx", "model.onnx"]),

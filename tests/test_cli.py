@@ -145,8 +145,8 @@ def test_an_input_that_moved_though_nothing_was_flagged_fails_the_diff(
 
     run("patch", "model.onnx", "--columns", "1")
 
-    def blind(_reader: FlagReader, _feeds: Any, real: int) -> Any:
-        return np.zeros(real, bool)
+    def blind(_reader: FlagReader, part: Any) -> Any:
+        return np.zeros(part.real, bool)
 
     monkeypatch.setattr(FlagReader, "read", blind)
     assert run("diff", "model.onnx", "model.patched.onnx", "--inputs", "clean.npz")[0] == 1

@@ -179,3 +179,36 @@ def test_sites_of_different_sizes_share_one_detector(fixed: bool, tmp_path: Path
     found = atpatch_onnx.diff(path, patched, save_arrays(tmp_path / "loud.npz", loud))
     assert found.identity is True
     assert all(site.inputs for site in found.sites)
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_models_with_the_sequence_first_get_samples_and_not_positions(
+    free: bool, tmp_path: Path
+) -> None:
+    """`[L, B, E]` in and out, as `batch_first=False` exports: the data is sample by sample."""
+    length = "L" if free else "8"
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["" : 17]>
+        host (float[{length}, B, 4] x) => (float[{length}, B, 4] y) {{
+            q = Transpose <perm = [1, 0, 2]> (x)
+            k = Transpose <perm = [1, 2, 0]> (x)
+            s = MatMul (q, k)
+            p = Softmax <axis = -1> (s)
+            c = MatMul (p, q)
+            y = Transpose <perm = [1, 0, 2]> (c)
+        }}
+    """)
+    onnx.save(model, tmp_path / "host.onnx")
+    data = {"x": clean(600, 0)["x"]}
+    report = atpatch_onnx.fit(tmp_path / "host.onnx", data, tmp_path / "det.onnx", fpr=0.05)
+    patched = atpatch_onnx.patch(tmp_path / "host.onnx", report.output).output
+    assert report.calibration.calibration_inputs + report.calibration.fit_inputs == 600
+    unseen = {"x": clean(600, 1)["x"]}
+    unseen["x"][:100, 2, 0] = 6
+    found = atpatch_onnx.diff(tmp_path / "host.onnx", patched, unseen)
+    assert found.inputs == found.outputs[0].samples == 600
+    assert found.identity is True
+    assert 95 <= found.flagged_inputs <= 160
+    wrong = np.moveaxis(data["x"], 0, 1)[:, :, None]
+    with pytest.raises(InputError, match="one sample an entry of axis 0"):
+        atpatch_onnx.fit(tmp_path / "host.onnx", {"x": wrong}, tmp_path / "other.onnx")

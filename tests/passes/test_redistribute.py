@@ -184,8 +184,18 @@ def test_one_row(p: list[float], m: list[int], b: list[float] | None, wanted: li
     np.testing.assert_allclose(out.ravel(), wanted, atol=1e-6)
 
 
-def test_uniform_gives_the_mean_of_the_unflagged_visible_columns() -> None:
+@pytest.mark.parametrize(
+    ("m", "wanted"),
+    [
+        ([1, 0, 0, 0], [1 / 3, 0.3 / 0.4 * 2 / 3, 0.1 / 0.4 * 2 / 3, 0]),
+        ([1, 1, 0, 0], [1 / 3, 1 / 3, 1 / 3, 0]),
+        ([1, 1, 1, 1], [1 / 3, 1 / 3, 1 / 3, 0]),
+    ],
+)
+def test_uniform_gives_the_uniform_share_of_what_the_row_sees(
+    m: list[int], wanted: list[float]
+) -> None:
     row = np.array([0.6, 0.3, 0.1, 0.0], np.float32).reshape(1, 1, 1, 4)
-    m = np.array([True, False, False, False]).reshape(1, 1, 1, 4)
-    out = redistributed(row, m, None, Redistribution.UNIFORM).ravel()
-    np.testing.assert_allclose(out, [0.2, 0.3 * 0.8 / 0.4, 0.1 * 0.8 / 0.4, 0], atol=1e-6)
+    flagged = np.array(m, bool).reshape(1, 1, 1, 4)
+    out = redistributed(row, flagged, None, Redistribution.UNIFORM).ravel()
+    np.testing.assert_allclose(out, wanted, atol=1e-6)
