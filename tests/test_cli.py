@@ -126,6 +126,21 @@ def test_a_plan_is_written_edited_and_obeyed(run: Any, folder: Path) -> None:
     assert outcomes["attention.1"]["redistribution"] == "uniform"
 
 
+def test_two_patches_on_one_model_come_off_together(run: Any, folder: Path) -> None:
+    assert run("patch", "model.onnx", "--columns", "1", "--sites", "0", "-o", "one.onnx")[0] == 0
+    assert run("patch", "one.onnx", "--columns", "2", "-o", "two.onnx")[0] == 0
+    assert run("verify", "one.onnx", "two.onnx")[0] == 0
+    assert run("patch", "two.onnx", "--columns", "2", "-o", "three.onnx")[0] == 3
+    assert run("revert", "two.onnx", "-o", "back.onnx")[0] == 0
+    assert (folder / "back.onnx").read_bytes() == (folder / "model.onnx").read_bytes()
+
+
+def test_models_in_the_wrong_order_are_told_apart(run: Any) -> None:
+    run("patch", "model.onnx", "--columns", "1")
+    for command in ("diff", "verify", "bench"):
+        assert run(command, "model.patched.onnx", "model.onnx")[0] == 2
+
+
 def test_a_check_that_fails_exits_with_1(run: Any, folder: Path) -> None:
     run("patch", "model.onnx", "--columns", "1")
     content = bytearray((folder / "model.patched.onnx").read_bytes())
