@@ -295,7 +295,7 @@ def demo(
     ep: Ep = None,
     as_json: Json = False,
 ) -> None:
-    """Train a backdoored model, export it, patch it, prove it: all in about a quarter of a minute."""
+    """Train a backdoored model, export it, patch it, prove it: all in a quarter of a minute."""
     from .demonstration import demo as run
 
     with _bars() as progress:
