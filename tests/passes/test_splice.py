@@ -216,6 +216,27 @@ def test_a_quantised_product_with_v_stays_one(strategy: Strategy, tmp_path: Path
     assert np.array_equal(run(host, {"x": x})["y"], run(after, {"x": x})["y"])
 
 
+def test_every_site_may_have_its_own_detector(tmp_path: Path) -> None:
+    """One that flags every column and one that flags none, each with its own tensor."""
+    names = {}
+    for site, value in (("attention.0", "2"), ("attention.1", "0")):
+        body = f"{COLUMN_MEAN.replace('anomaly', 'mean')} anomaly = Mul (mean, factor)"
+        model = detector(body.replace("factor", "rows"), threshold=0.0)
+        model.graph.node[-1].input[1] = "factor"
+        factor = np.array([float(value)], np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(factor, "factor"))
+        names[site] = Treatment(Redistribution.UNIFORM, load(model, tmp_path))
+    host = model_file(attention(17))
+    after, _ = spliced(host, Splice(names, telemetry=True))
+    stored = assert_patch(host, after, rewired=2).inserted_initializers
+    assert sum(name.endswith("/factor") for name in stored) == 2
+    feeds = random_feeds()
+    feeds["mask"][:] = 0
+    result = run(after, feeds)
+    assert result["atpatch/attention.0/flagged"].all()
+    assert not result["atpatch/attention.1/flagged"].any()
+
+
 def test_one_threshold_input_serves_all_sites_that_have_it(tmp_path: Path) -> None:
     found = load(detector(COLUMN_MEAN), tmp_path)
     names = {
