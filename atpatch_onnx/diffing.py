@@ -140,16 +140,15 @@ class FlagReader:
         present = {value.name for value in model.skeleton.graph.output}
         stored = {tensor.name for tensor in model.skeleton.graph.initializer}
         self._constant = {value: _stored(model, value) for value in self._values if value in stored}
-        read = [v for v in self._values if v not in self._constant]
+        self._read = [v for v in dict.fromkeys(self._values) if v not in self._constant]
         edits: list[Edit] = [
-            add_output(v, TensorProto.BOOL) for v in dict.fromkeys(read) if v not in present
+            add_output(v, TensorProto.BOOL) for v in self._read if v not in present
         ]
         self._session = Probed(model, edits, provider).session
 
     def read(self, part: Batch) -> NDArray[np.bool_]:
         """Which of the real samples of a batch are flagged at any site; counts site by site."""
-        read = [v for v in dict.fromkeys(self._values) if v not in self._constant]
-        found = self._session.run(part.feeds, read) if read else {}
+        found = self._session.run(part.feeds, self._read) if self._read else {}
         values: Arrays = {**self._constant, **found}
         anywhere = np.zeros(part.real, bool)
         for site, name in zip(self.sites, self._values, strict=True):

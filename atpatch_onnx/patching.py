@@ -184,8 +184,7 @@ def about_patches(model: ModelFile) -> list[dict[str, Any]]:
 
 def about_edit(model: ModelFile, about: dict[str, Any]) -> AddMetadata:
     """The edit that lets a patch of `model` say what it is."""
-    before = len(record_keys(model))
-    key = ABOUT_KEY if before == 0 else f"{ABOUT_KEY}.{before + 1}"
+    key = _numbered(ABOUT_KEY, len(record_keys(model)))
     return AddMetadata(key, json.dumps(about, separators=(",", ":")))
 
 
@@ -203,13 +202,14 @@ def record_keys(model: ModelFile) -> list[str]:
     """The metadata keys of the patches that `model` carries, oldest first."""
     present = {entry.key for entry in model.skeleton.metadata_props}
     keys: list[str] = []
-    while (key := _record_key(len(keys))) in present:
+    while (key := _numbered(RECORD_KEY, len(keys))) in present:
         keys.append(key)
     return keys
 
 
-def _record_key(patches_before: int) -> str:
-    return RECORD_KEY if patches_before == 0 else f"{RECORD_KEY}.{patches_before + 1}"
+def _numbered(key: str, patches_before: int) -> str:
+    """The key that a patch on top of others uses."""
+    return key if patches_before == 0 else f"{key}.{patches_before + 1}"
 
 
 def _record(model: ModelFile, patch: Patch, replacements: list[Replacement]) -> bytes:
@@ -227,7 +227,8 @@ def _record(model: ModelFile, patch: Patch, replacements: list[Replacement]) -> 
         shift += len(replacement.content) - len(original)
     record = {"base_sha256": patch.base_sha256, "end": model.size + shift, "replacements": undo}
     entry = StringStringEntryProto(
-        key=_record_key(len(record_keys(model))), value=json.dumps(record, separators=(",", ":"))
+        key=_numbered(RECORD_KEY, len(record_keys(model))),
+        value=json.dumps(record, separators=(",", ":")),
     )
     return delimited(MODEL_METADATA, entry.SerializeToString())
 

@@ -86,16 +86,21 @@ class GraphView:
         return uses
 
     @cached_property
-    def captured(self) -> set[str]:
-        """Values of this scope that nodes inside its subgraphs read."""
-        found: set[str] = set()
-        graphs = [graph for node in self.nodes for graph in subgraphs(node)]
-        for graph in graphs:
-            for node in graph.node:
-                found.update(node.input)
-                graphs += subgraphs(node)
-            found.update(value.name for value in graph.output)
-        return found & (set(self.producers) | self.varying)
+    def captured(self) -> dict[str, list[NodeProto]]:
+        """Values of this scope that subgraphs read, with the nodes that have those subgraphs."""
+        found: dict[str, list[NodeProto]] = defaultdict(list)
+        here = set(self.producers) | self.varying
+        for node in self.nodes:
+            graphs = subgraphs(node)
+            read: set[str] = set()
+            for graph in graphs:  # grows by the graphs within
+                for inner in graph.node:
+                    read.update(inner.input)
+                    graphs += subgraphs(inner)
+                read.update(value.name for value in graph.output)
+            for name in read & here:
+                found[name].append(node)
+        return found
 
     @cached_property
     def initializers(self) -> dict[str, TensorProto]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from onnx import ModelProto, NodeProto, TensorProto
 
 from .describe import SiteFacts, describe_site, site_names
-from .graph_view import GraphView, Use, attribute, domain, int_attribute, subgraphs
+from .graph_view import GraphView, Use, attribute, domain, int_attribute
 from .walk import Step, describe, downstream, find_changed, find_contexts, find_scores
 
 FLOATS: dict[int, str] = {
@@ -222,7 +222,6 @@ def _sums_last_axis(view: GraphView, node: NodeProto) -> bool:
 def _candidate(view: GraphView, anchor: _Anchor) -> _Candidate | Other:
     node = view.nodes[anchor.node]
     scores, met = find_scores(view, anchor.logits)
-    paths = list(find_contexts(view, anchor.output))
     if scores is None:
         return _other(view, node, f"its scores come from {met}, not from a product of Q and K")
     if _is_patched(view, anchor.output):
@@ -234,8 +233,9 @@ def _candidate(view: GraphView, anchor: _Anchor) -> _Candidate | Other:
             f"{describe(changer)} changes or moves its probabilities before they multiply a V",
             "export the model with plain, full attention: no blocks, mixed heads or differences",
         )
+    paths = list(find_contexts(view, anchor.output))
     ways = {anchor.output, *(step.value for path in paths for step in path)}
-    if ways & view.captured:
+    if not ways.isdisjoint(view.captured):
         reason = "its probabilities are also read inside a branch or loop body"
         return _refused(view, node, reason, _EXPORT_FLAT)
     if not paths:
@@ -322,6 +322,5 @@ def _is_patched(view: GraphView, probabilities: str) -> bool:
     """Whether nodes of a patch read the probabilities, or what passes them on."""
     readers = list(downstream(view, probabilities))
     ways = {probabilities, *(name for reader in readers for name in reader.output)}
-    ours = [node for node in view.nodes if node.name.startswith("atpatch/")]
-    captured = {n for o in ours for g in subgraphs(o) for i in g.node for n in i.input}
-    return bool(ways & captured) or any(r.name.startswith("atpatch/") for r in readers)
+    capturing = [node for name in ways for node in view.captured.get(name, ())]
+    return any(node.name.startswith("atpatch/") for node in (*readers, *capturing))

@@ -32,6 +32,7 @@ from ..edits import (
     RewireInput,
 )
 from ..errors import InputError, RefusedError
+from ..patching import RECORD_KEY
 from .fragment import Constants, Fragment, as_stored
 from .graph_view import GraphView
 from .inline import Inliner
@@ -104,7 +105,7 @@ class _Splicing:
     def __init__(self, options: Splice, view: GraphView) -> None:
         self.options, self.view = options, view
         # A further patch on a patched model has shared names of its own.
-        earlier = sum(p.key.startswith("atpatch.record") for p in view.model.metadata_props)
+        earlier = sum(p.key.startswith(RECORD_KEY) for p in view.model.metadata_props)
         self.constants = Constants(f"atpatch/shared{earlier + 1 if earlier else ''}")
         self.inliner = Inliner(view, self.constants, options.bindings)
         self.edits: list[Edit] = []
