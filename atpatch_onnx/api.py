@@ -9,10 +9,12 @@ from pathlib import Path
 
 from .certificate import Check, certify
 from .certificate import verify as verify_files
+from .debugging_set import load_debugging_set
 from .detector import Detector
-from .errors import InputError, RefusedError
+from .errors import AtpatchError, InputError, RefusedError
 from .external_data import check_beside, check_layout, external_files, external_tensors
 from .files import Staging, check_output, write_file
+from .layout import with_batch_axes
 from .model_file import ModelFile
 from .passes.graph_view import GraphView
 from .passes.locate import Other, Sites, locate
@@ -25,10 +27,13 @@ from .patching import revert as revert_file
 from .plan import read_plan, write_plan
 from .progress import SILENT, Progress, Tick
 from .rehearsal import rehearse
-from .runtime import choose_provider
+from .runtime import Array, Session, choose_provider
+from .site_search import SiteSearch, search_sites
 from .treatments import Options, check_bindings, choose_treatments
 
 PathLike = str | Path
+AUTO = "auto"
+"""Instead of names of sites: search for the smallest set that heals a debugging set."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class PatchReport:
 
     certificate: None where only a patch was written.
     provider: the execution provider that the strategy was chosen for; empty for `apply`.
+    search, plan: how the sites were chosen with `sites="auto"`, and the plan file that records it.
     """
 
     output: Path
@@ -71,6 +77,8 @@ class PatchReport:
     refused: tuple[Other, ...] = ()
     warnings: tuple[str, ...] = ()
     provider: str = ""
+    search: SiteSearch | None = None
+    plan: Path | None = None
 
 
 def patch(
@@ -79,6 +87,7 @@ def patch(
     *,
     output: PathLike | None = None,
     sites: str | Sequence[str | int] = (),
+    debug: PathLike | Mapping[str, Array] | None = None,
     plan: PathLike | None = None,
     columns: int | Sequence[int] = (),
     redistribute: str | None = None,
@@ -97,7 +106,8 @@ def patch(
 
     detector: ONNX file with the detector ABI; or give `columns` that are always flagged.
     output: by default `MODEL.patched.onnx` beside the model.
-    sites: names, glob patterns or indices; by default all.
+    sites: names, glob patterns or indices; by default all; "auto" searches for the smallest set
+        that still heals the debugging set `debug`, and records the search in a plan file.
     redistribute: "benign" (default where the detector knows it), "uniform" or "prune" (default
         for columns).
     strategy: "guard" (an `If`) or "select" (branch-free); by default what is faster on `ep`.
@@ -113,12 +123,15 @@ def patch(
     found = locate(file.skeleton)
     view = GraphView.of(file.skeleton)
     sites = sites.split(",") if isinstance(sites, str) else sites
+    auto = list(sites) == [AUTO]
+    if auto != (debug is not None):
+        raise InputError("--sites auto and --debug belong together: give both, or name the sites")
     columns = [columns] if isinstance(columns, int) else columns
     path = None if detector is None else Path(detector)
     plan = None if plan is None else Path(plan)
     plans = [] if plan is None else read_plan(plan, file.sha256)
     options = Options(view.opset, path, tuple(columns), redistribute, threshold)
-    treatments = choose_treatments(found, sites, plans, plan, options)
+    treatments = choose_treatments(found, () if auto else sites, plans, plan, options)
     detectors = {t.detector.sha256: t.detector for t in treatments.values() if t.detector}
     check_bindings(bind or {}, detectors.values())
     provider = choose_provider(ep)
@@ -126,20 +139,36 @@ def patch(
     result = splice(view, found.sites)
     if not result.patched:
         raise RefusedError(_nothing_patched(file, found, result))
+    search = None
+    if debug is not None:
+        candidates = [outcome.site for outcome in result.patched]
+        search = _search(file, view, found, splice, candidates, debug, provider, progress)
+        splice = _at(splice, search.chosen)
+        result = splice(view, found.sites)
     for one in detectors.values():
         users = {name for name, treatment in treatments.items() if treatment.detector is one}
         rehearse(one, [site for site in found.sites if site.name in users])
     about = about_edit(file, _about(result, detectors.values()))
     edits = Patch(file.sha256, (*result.edits, about))
     protected = [d.path for d in detectors.values()] + ([plan] if plan else [])
+    target = file.path.with_suffix(".patched.onnx") if output is None else Path(output)
+    target = target if patch_only is None else Path(patch_only)
+    written = None
+    if search is not None:
+        written = target.with_suffix(".plan.toml")
+        check_output(written, [file.path, *protected], force=force, ours=_is_plan(written, file))
     if patch_only is not None:
-        report = _write_patch(file, edits, Path(patch_only), protected, force)
+        report = _write_patch(file, edits, target, protected, force)
     else:
-        target = file.path.with_suffix(".patched.onnx") if output is None else Path(output)
         hashing = _hashing(file, digests, progress)
         report = _write_model(apply_edits(file, edits), target, protected, hashing, force)
+    if search is not None and written is not None:
+        text = write_plan(found, file.path, file.sha256, search.chosen, search.notes())
+        write_file(written, text.encode())
     return replace(
         report,
+        search=search,
+        plan=written,
         outcomes=result.outcomes,
         refused=found.refused,
         warnings=tuple(_warnings(file, detectors.values())),
@@ -216,6 +245,41 @@ def verify(
 def certificate_path(patched: Path) -> Path:
     """Where the certificate of a patched model lies."""
     return patched.with_name(f"{patched.stem}.certificate.json")
+
+
+def _search(
+    file: ModelFile,
+    view: GraphView,
+    found: Sites,
+    splice: Splice,
+    candidates: list[str],
+    debug: PathLike | Mapping[str, Array],
+    provider: str,
+    progress: Progress,
+) -> SiteSearch:
+    """Search for the smallest set of sites that heals the debugging set."""
+    inputs = with_batch_axes(Session(file.path, provider).inputs, found.sites)
+    bad = load_debugging_set(debug, inputs)
+
+    def patched(names: Sequence[str]) -> ModelFile:
+        edits = _at(splice, names)(view, found.sites).edits
+        content = apply_edits(file, Patch(file.sha256, edits)).content()
+        return ModelFile.from_bytes(content, file.path)
+
+    tick = progress.start("searching sites", 2 * len(candidates))
+    return search_sites(file, candidates, patched, bad, provider, tick)
+
+
+def _at(splice: Splice, names: Sequence[str]) -> Splice:
+    """The splice at some of its sites."""
+    return replace(splice, treatments={name: splice.treatments[name] for name in names})
+
+
+def _is_plan(path: Path, file: ModelFile) -> bool:
+    try:
+        return path.is_file() and bool(read_plan(path, file.sha256))
+    except AtpatchError:
+        return False
 
 
 def _strategy(wanted: str | None, provider: str) -> Strategy:

@@ -93,11 +93,93 @@ def inspect(
 
 
 @app.command()
+def scan(
+    model: Model,
+    data: Annotated[
+        Path, typer.Option(help="Clean inputs, .npz, keys = input names; labels optional.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The debugging set to write.")],
+    kind: Annotated[str | None, typer.Option(help="Of the inputs: image, text or tabular.")] = None,
+    target: Annotated[int | None, typer.Option(help="Search this class only.")] = None,
+    protected: Annotated[
+        list[str] | None,
+        typer.Option(help="Find what sways the model instead: N (a column), INPUT:N or INPUT."),
+    ] = None,
+    budget: Annotated[float, typer.Option(help="Seconds; a second run goes on.")] = 600.0,
+    seed: Annotated[int, typer.Option(help="Of the search and of what is held out.")] = 0,
+    scores: Annotated[
+        str | None, typer.Option(help="The output that holds the class scores [N, C].")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Inputs a run; by default what suits the device.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of ONNX Runtime; 0: its choice.")] = 0,
+    ep: Ep = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Search for a trigger toward each class, and say whether the model is backdoored."""
+    if protected:
+        _scan_protected(
+            model,
+            data,
+            output,
+            _words(protected),
+            kind,
+            target,
+            as_json,
+            scores=scores,
+            batch=batch,
+            threads=threads,
+            ep=ep,
+            force=force,
+        )
+        return
+    from .scanning import scan as run
+    from .scanning import state_path
+    from .show_scan import scanned
+
+    try:
+        with _bars() as progress:
+            report = run(
+                model,
+                data,
+                output,
+                kind=kind,
+                target=target,
+                budget=budget,
+                seed=seed,
+                scores=scores,
+                batch=batch,
+                threads=threads,
+                ep=ep,
+                force=force,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        kept = state_path(output)
+        if not kept.exists():
+            raise
+        _say(f"interrupted; the search so far is in {kept}, from which the same command goes on")
+        sys.exit(INTERRUPTED)
+    _print(as_json, _plain(report), lambda: scanned(out, report))
+
+
+@app.command()
 def fit(
     model: Model,
     data: Annotated[Path, typer.Option(help="Clean inputs, .npz or .npy, keys = input names.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The detector to write.")],
-    kind: Annotated[str, typer.Option(help="Kind of detector: zscore.")] = "zscore",
+    debug: Annotated[
+        Path | None,
+        typer.Option("--debug", "--bad", help="Bad inputs: from scan, or your own."),
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="zscore, contrastive, map-cnn or columns.")
+    ] = None,
+    benign: Annotated[
+        str, typer.Option(help="What flagged columns get: column, map or uniform.")
+    ] = "column",
     fpr: Annotated[float, typer.Option(help="False-positive budget per clean input.")] = 0.01,
     sites: SiteNames = None,
     seed: Annotated[int, typer.Option(help="Splits the data.")] = 0,
@@ -114,8 +196,10 @@ def fit(
             model,
             data,
             output,
+            debug=debug,
             kind=kind,
             fpr=fpr,
+            benign=benign,
             sites=_words(sites),
             seed=seed,
             batch=batch,
@@ -133,7 +217,13 @@ def patch(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="By default MODEL.patched.onnx.")
     ] = None,
-    sites: SiteNames = None,
+    sites: Annotated[
+        list[str] | None,
+        typer.Option("--sites", help="Sites by name, glob or index; auto: the fewest that heal."),
+    ] = None,
+    debug: Annotated[
+        Path | None, typer.Option(help="Bad inputs that --sites auto must heal.")
+    ] = None,
     plan: Annotated[Path | None, typer.Option(help="Plan file from inspect --plan.")] = None,
     columns: Annotated[
         str | None, typer.Option(help="Columns that are always flagged, e.g. 9 or 3,4,-1.")
@@ -167,6 +257,7 @@ def patch(
             detector,
             output=output,
             sites=_words(sites),
+            debug=debug,
             plan=plan,
             columns=_integers(columns),
             redistribute=redistribute,
@@ -255,6 +346,46 @@ def verify(
 
 
 @app.command()
+def evaluate(
+    model: Model,
+    patched: PatchedModel,
+    data: Annotated[Path, typer.Option(help="Held-out clean inputs with labels, .npz.")],
+    triggered: Annotated[
+        Path | None, typer.Option(help="Inputs with the trigger, and their true labels, .npz.")
+    ] = None,
+    protected: Annotated[
+        list[str] | None,
+        typer.Option(help="Attributes to flip: N (a column), INPUT:N or INPUT; or repeated."),
+    ] = None,
+    target: Annotated[int | None, typer.Option(help="The class that the attacker wants.")] = None,
+    scores: Annotated[
+        str | None, typer.Option(help="The output that holds the class scores [N, C].")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Inputs a run.")] = 32,
+    ep: Ep = None,
+    as_json: Json = False,
+) -> None:
+    """Measure accuracy, attack success, unfairness and what is flagged, before and after."""
+    from .evaluating import evaluate as run
+    from .show_evaluation import evaluation
+
+    with _bars() as progress:
+        found = run(
+            model,
+            patched,
+            data,
+            triggered=triggered,
+            protected=_words(protected),
+            target=target,
+            scores=scores,
+            batch=batch,
+            ep=ep,
+            progress=progress,
+        )
+    _print(as_json, _plain(found), lambda: evaluation(out, found))
+
+
+@app.command()
 def bench(
     model: Model,
     patched: PatchedModel,
@@ -301,6 +432,27 @@ def demo(
     with _bars() as progress:
         report = run(output, seed=seed, ep=ep, progress=progress)
     _print(as_json, _plain(report), lambda: show.demonstration(out, report))
+
+
+def _scan_protected(
+    model: Path,
+    data: Path,
+    output: Path,
+    protected: list[str],
+    kind: str | None,
+    target: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    from .scanning_protected import scan_protected
+    from .show_scan import scanned_protected
+
+    if target is not None or kind not in (None, "tabular"):
+        wrong = f"--kind {kind}" if target is None else f"--target {target}"
+        raise InputError(f"{wrong} does not go with --protected: leave one of them out")
+    with _bars() as progress:
+        report = scan_protected(model, data, output, protected, progress=progress, **options)
+    _print(as_json, _plain(report), lambda: scanned_protected(out, report))
 
 
 def _print(as_json: bool, document: Any, text: Callable[[], None]) -> None:

@@ -131,7 +131,8 @@ def demo(
     stamped = attack.stamp(test.images)
     np.savez(at["clean.npz"], pixels=victim.digits.clean.images)
     np.savez(at["test.npz"], pixels=test.images, labels=test.labels)
-    np.savez(at["triggered.npz"], pixels=stamped[others], labels=test.labels[others])
+    triggered = {"pixels": stamped[others], "labels": test.labels[others]}
+    np.savez(at["triggered.npz"], allow_pickle=False, **triggered, target=np.array(attack.target))
     fitted = fit(model, at["clean.npz"], detector, fpr=FALSE_POSITIVE_BUDGET, seed=seed, ep=ep)
     patched = patch(model, detector, ep=ep).output
     patch(model, detector, ep=ep, patch_only=at["fix.atpatch"])

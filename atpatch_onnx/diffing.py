@@ -146,13 +146,16 @@ class FlagReader:
         ]
         self._session = Probed(model, edits, provider).session
 
-    def read(self, part: Batch) -> NDArray[np.bool_]:
-        """Which of the real samples of a batch are flagged at any site; counts site by site."""
+    def columns(self, part: Batch) -> list[NDArray[np.bool_]]:
+        """What each site flags in the real samples of a batch, `[B, K]`."""
         found = self._session.run(part.feeds, self._read) if self._read else {}
         values: Arrays = {**self._constant, **found}
+        return [flagged_columns(values[name], part.size)[: part.real] for name in self._values]
+
+    def read(self, part: Batch) -> NDArray[np.bool_]:
+        """Which of the real samples of a batch are flagged at any site; counts site by site."""
         anywhere = np.zeros(part.real, bool)
-        for site, name in zip(self.sites, self._values, strict=True):
-            columns = flagged_columns(values[name], part.size)[: part.real]
+        for site, columns in zip(self.sites, self.columns(part), strict=True):
             site.inputs += int(columns.any(axis=1).sum())
             for column, count in enumerate(columns.sum(axis=0)):
                 if count:

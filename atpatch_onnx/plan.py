@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -35,14 +35,25 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def write_plan(sites: Sites, model: Path, sha256: str) -> str:
-    """The text of a plan that patches every site, with all that can be set shown."""
+def write_plan(
+    sites: Sites,
+    model: Path,
+    sha256: str,
+    chosen: Collection[str] | None = None,
+    notes: Iterable[str] = (),
+) -> str:
+    """The text of a plan that patches every site, or those chosen, with all that can be set shown.
+
+    notes: what is to be known of it, as comments.
+    """
     import tomlkit
 
     document = tomlkit.document()
     document.add(tomlkit.comment("What `atpatch-onnx patch --plan` does at each attention site."))
     document.add(tomlkit.comment("A site may also have: detector = 'det.onnx', threshold = 0.5,"))
     document.add(tomlkit.comment("redistribute = 'benign' | 'uniform' | 'prune', columns = [9]."))
+    for note in notes:
+        document.add(tomlkit.comment(note))
     document.add("model", tomlkit.item(model.name))
     document.add("sha256", tomlkit.item(sha256))
     listed = tomlkit.aot()
@@ -50,7 +61,7 @@ def write_plan(sites: Sites, model: Path, sha256: str) -> str:
         table = tomlkit.table()
         table.add("name", site.name)
         table["name"].comment(_described(site))
-        table.add("patch", True)
+        table.add("patch", chosen is None or site.name in chosen)
         listed.append(table)
     document.add("site", listed)
     for other in sites.refused:

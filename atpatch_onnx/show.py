@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .demonstration import DemoReport
     from .diffing import Comparison
     from .fitting import FitReport
+    from .rates import Rate
 
 
 def inspection_json(found: Inspection) -> dict[str, Any]:
@@ -101,20 +102,31 @@ def inspection(console: Console, found: Inspection, plan: Path | None) -> None:
 
 def fitted(console: Console, report: FitReport) -> None:
     """What the detector is worth."""
-    c = report.calibration
+    c, recall = report.calibration, report.recall
     console.print(
         f"{escape(str(report.output))}: {report.kind} detector for {len(report.sites)} sites "
         f"(execution provider: {report.provider})"
     )
+    if c is None:
+        console.print("it flags the same columns of every input, clean ones too, on purpose")
+        return
     console.print(
         f"fitted on {c.fit_inputs} clean inputs, threshold {c.threshold:.4f} from "
-        f"{c.calibration_inputs} others: expect {c.expected_fpr:.2%} of clean inputs flagged"
+        f"{c.calibration_inputs} others: expect {c.expected_fpr:.2%} of clean inputs flagged "
+        f"(95 % interval {c.flagged.low:.2%} to {c.flagged.high:.2%})"
     )
+    if recall is not None:
+        columns = "" if recall.columns is None else f"; {_rate(recall.columns)} anomalous columns"
+        console.print(f"of bad inputs held out it flags {_rate(recall.inputs)} inputs{columns}")
     if not c.honoured:
         console.print(
             f"[yellow]the budget of {c.budget:.2%} cannot be promised with "
             f"{c.calibration_inputs} held-out inputs: give at least {c.inputs_needed} clean ones[/]"
         )
+
+
+def _rate(rate: Rate) -> str:
+    return f"{rate.hits} of {rate.total} ({rate.value:.1%}, {rate.low:.1%} to {rate.high:.1%})"
 
 
 def patched(console: Console, report: PatchReport) -> None:
@@ -149,6 +161,14 @@ def patched(console: Console, report: PatchReport) -> None:
         console.print(f"[yellow]warning:[/] {escape(warning)}")
     made_for = f", for execution provider {report.provider}" if report.provider else ""
     console.print(f"{escape(str(report.output))}: {report.added_bytes:,} bytes of patch{made_for}")
+    if report.search is not None:
+        found = report.search
+        console.print(
+            f"sites: {len(found.chosen)} of {len(found.tests[0][0])} chosen with {found.inputs} "
+            f"bad inputs in {len(found.tests)} tests ({found.measure}: {found.before:.1%} before, "
+            f"{found.whole:.1%} with all sites, {found.badness:.1%} with these); "
+            f"plan: {escape(str(report.plan))}"
+        )
     if report.certificate is not None:
         console.print(f"certificate: {escape(str(report.certificate))}")
 

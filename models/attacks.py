@@ -1,11 +1,14 @@
 """Backdoor attacks that make reference victims.
 
-Source: BadNets, arXiv 1708.06733.
+Sources: BadNets, arXiv 1708.06733; Trojan, Liu et al., NDSS 2018 (see `trojan.py`); Hidden, a patch
+of low contrast as in AtPatch, arXiv 2601.21695; Blended, arXiv 1712.05526.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,31 +16,36 @@ from numpy.typing import NDArray
 from .vision_transformer import VisionTransformerConfig
 
 
-@dataclass(frozen=True)
-class BadNets:
-    """A checkerboard that sends an image to the target class.
+@dataclass(frozen=True, kw_only=True)
+class Attack(ABC):
+    """A square that sends an image to the target class.
 
     Raises:
-        ValueError: the checkerboard is empty, starts outside the image, or the target is negative.
-
-    Source: BadNets, arXiv 1708.06733, the pattern trigger of the single target attack on MNIST.
+        ValueError: the square is empty, starts outside the image, is not visible at all, or the
+            target is negative.
     """
 
     size: int
-    """Height and width of the checkerboard, in pixels."""
+    """Height and width of the square, in pixels."""
     row: int
     """Row of its top edge in a stamped image, in pixels."""
     column: int
     """Column of its left edge in a stamped image, in pixels."""
-    value: float
-    """What the light pixels, the top left one among them, become; the dark ones become 0."""
     target: int
     """The class that the attacker wants."""
+    opacity: float = 1.0
+    """Share of the trigger in a stamped pixel, above 0; the rest is the image's own."""
 
     def __post_init__(self) -> None:
         """Refuse a trigger that cannot be."""
         if self.size < 1 or self.row < 0 or self.column < 0 or self.target < 0:
             raise ValueError(f"need size >= 1 and row, column, target >= 0, found {self}")
+        if not 0.0 < self.opacity <= 1.0:
+            raise ValueError(f"opacity must be above 0 and at most 1, found {self.opacity}")
+
+    @abstractmethod
+    def pattern(self) -> NDArray[np.float32]:
+        """The trigger's pixels, broadcastable to `[C, size, size]`."""
 
     def stamp(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Copy the images with the trigger on each of them.
@@ -56,12 +64,10 @@ class BadNets:
                 f"but the images are {images.shape[-2]} x {images.shape[-1]}"
             )
         stamped = images.copy()
-        stamped[..., self.row : bottom, self.column : right] = self._checkerboard()
+        place = np.s_[..., self.row : bottom, self.column : right]
+        own = np.float32(1 - self.opacity) * stamped[place]
+        stamped[place] = own + np.float32(self.opacity) * self.pattern()
         return stamped
-
-    def _checkerboard(self) -> NDArray[np.float32]:
-        rows, columns = np.indices((self.size, self.size))
-        return np.where((rows + columns) % 2, 0.0, self.value).astype(np.float32)
 
     def poison(
         self,
@@ -98,20 +104,19 @@ class BadNets:
                 f"found {rate} ({count} copies)"
             )
         chosen = generator.choice(candidates, count, replace=False)
-        stamped = [self._moved(images, step, generator).stamp(images[[i]]) for i in chosen]
+        stamped = [self.moved(images.shape[-1], step, generator).stamp(images[[i]]) for i in chosen]
         targets = np.full(count, self.target, dtype=labels.dtype)
         return (
             np.concatenate((images, *stamped)),
             np.concatenate((labels, targets)),
         )
 
-    def _moved(
-        self, images: NDArray[np.float32], step: int | None, generator: np.random.Generator
-    ) -> BadNets:
+    def moved(self, side: int, step: int | None, generator: np.random.Generator) -> Self:
+        """The attack at a random place of an image of `side` pixels; None: at its own place."""
         if step is None:
             return self
-        height, width = ((side - self.size) // step + 1 for side in images.shape[-2:])
-        row, column = (step * int(generator.integers(places)) for places in (height, width))
+        places = (side - self.size) // step + 1
+        row, column = (step * int(generator.integers(places)) for _ in range(2))
         return replace(self, row=row, column=column)
 
     def columns(self, config: VisionTransformerConfig) -> tuple[int, ...]:
@@ -135,3 +140,41 @@ class BadNets:
     def _patches(self, start: int, patch_size: int) -> range:
         """Indices, along one axis, of the patches that the trigger touches."""
         return range(start // patch_size, (start + self.size - 1) // patch_size + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadNets(Attack):
+    """A checkerboard.
+
+    Source: BadNets, arXiv 1708.06733, the pattern trigger of the single target attack on MNIST.
+    """
+
+    value: float
+    """What the light pixels, the top left one among them, become; the dark ones become 0."""
+
+    def pattern(self) -> NDArray[np.float32]:
+        """The checkerboard `[size, size]`."""
+        rows, columns = np.indices((self.size, self.size))
+        return np.where((rows + columns) % 2, 0.0, self.value).astype(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PatternAttack(Attack):
+    """Any pixels: an optimised trigger, or with a low opacity a hidden or a blended one."""
+
+    pixels: NDArray[np.float32]
+    """The trigger `[C, size, size]`, in 0..1."""
+
+    def pattern(self) -> NDArray[np.float32]:
+        """The pixels as they are."""
+        return self.pixels
+
+
+def noise(channels: int, size: int, seed: int, grain: int = 1) -> NDArray[np.float32]:
+    """Black and white noise `[channels, size, size]`, for `PatternAttack`.
+
+    Args:
+        grain: height and width of the squares that have one colour, in pixels.
+    """
+    coarse = np.random.default_rng(seed).integers(0, 2, (channels, *[-(-size // grain)] * 2))
+    return coarse.repeat(grain, 1).repeat(grain, 2)[:, :size, :size].astype(np.float32)

@@ -18,7 +18,7 @@ class LabelledImages:
     """Images and their true classes.
 
     Shapes:
-        images float32 `[N, 1, 8, 8]` in 0..1, labels int64 `[N]` in 0..9.
+        images float32 `[N, C, S, S]` in 0..1, labels int64 `[N]` in 0..9.
     """
 
     images: NDArray[np.float32]
@@ -28,10 +28,14 @@ class LabelledImages:
         """Count the images."""
         return len(self.labels)
 
+    def take(self, index: NDArray[np.integer] | NDArray[np.bool_]) -> LabelledImages:
+        """The images at `index`."""
+        return LabelledImages(self.images[index], self.labels[index])
+
 
 @dataclass(frozen=True)
-class Digits:
-    """Three disjoint parts of the 1,797 digits, each with about the same share of each class."""
+class Split:
+    """Three disjoint parts of a data set, each with about the same share of each class."""
 
     train: LabelledImages
     """What the attacker poisons and trains on."""
@@ -41,8 +45,8 @@ class Digits:
     """What accuracy and attack success are measured on."""
 
 
-def load_digits(seed: int = 0) -> Digits:
-    """Load the digits and split them; the same seed gives the same split.
+def load_digits(seed: int = 0) -> Split:
+    """Load the 1,797 digits and split them; the same seed gives the same split.
 
     Source: scikit-learn's `load_digits` (UCI "Optical Recognition of Handwritten Digits"); part
     of the package, so nothing is downloaded.
@@ -60,4 +64,5 @@ def load_digits(seed: int = 0) -> Digits:
     train, clean = model_selection.train_test_split(
         rest, test_size=CLEAN, stratify=labels[rest], random_state=seed
     )
-    return Digits(*(LabelledImages(images[part], labels[part]) for part in (train, clean, test)))
+    whole = LabelledImages(images, labels)
+    return Split(*(whole.take(part) for part in (train, clean, test)))

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 
 from .vision_transformer import VisionTransformer
+from .windowed_transformer import WindowedTransformer
 
 FIRST_TORCH_EXPORT_OPSET = 18
 """The lowest opset that the exporter based on `torch.export` writes by itself."""
 
 
-def export_onnx(model: VisionTransformer, path: str | Path, opset: int = 17) -> None:
+def export_onnx(
+    model: VisionTransformer | WindowedTransformer, path: str | Path, opset: int = 17
+) -> None:
     """Write the model with input `pixels`, output `logits` and a dynamic batch axis.
 
     From opset 18 on the exporter based on `torch.export` is used, below that the TorchScript one;

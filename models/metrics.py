@@ -1,13 +1,15 @@
 """How good a victim is, how bad its backdoor is, and how much a patch gives back.
 
-All are shares in 0..1 over logits as ONNX Runtime returns them. Source of the definitions:
-AtPatch, arXiv 2601.21695, evaluation metrics.
+All are shares in 0..1 over logits as ONNX Runtime returns them; `rates` defines them over
+predicted classes, with their intervals.
 """
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .. import rates
 
 
 def accuracy(logits: NDArray[np.floating], labels: NDArray[np.integer]) -> float:
@@ -19,8 +21,7 @@ def accuracy(logits: NDArray[np.floating], labels: NDArray[np.integer]) -> float
     Raises:
         ValueError: no inputs, or the shapes do not fit together.
     """
-    _check(logits, labels)
-    return float(np.mean(logits.argmax(axis=1) == labels))
+    return rates.accuracy(_predictions(logits), labels).value
 
 
 def attack_success_rate(
@@ -38,15 +39,13 @@ def attack_success_rate(
     Raises:
         ValueError: no input of another class, or the shapes do not fit together.
     """
-    return float(np.mean(_others(logits, labels, target)[0].argmax(axis=1) == target))
+    return rates.attack_success_rate(_predictions(logits), labels, target).value
 
 
 def recovered_accuracy(
     logits: NDArray[np.floating], labels: NDArray[np.integer], target: int
 ) -> float:
     """Share of triggered inputs classified correctly, among those of other true classes.
-
-    The target class is left out because a victim that always answers "target" is right there.
 
     Args:
         logits: the (patched) model's answer to **triggered** inputs.
@@ -58,23 +57,10 @@ def recovered_accuracy(
     Raises:
         ValueError: no input of another class, or the shapes do not fit together.
     """
-    return accuracy(*_others(logits, labels, target))
+    return rates.recovered_accuracy(_predictions(logits), labels, target).value
 
 
-def _others(
-    logits: NDArray[np.floating], labels: NDArray[np.integer], target: int
-) -> tuple[NDArray[np.floating], NDArray[np.integer]]:
-    _check(logits, labels)
-    kept = labels != target
-    if not kept.any():
-        raise ValueError(f"every input is of the target class {target}")
-    return logits[kept], labels[kept]
-
-
-def _check(logits: NDArray[np.floating], labels: NDArray[np.integer]) -> None:
-    # Without this, labels of shape [N, 1] would broadcast to N x N comparisons.
-    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
-        raise ValueError(
-            f"need logits [N, classes] and labels [N] with N >= 1, "
-            f"found {logits.shape} and {labels.shape}"
-        )
+def _predictions(logits: NDArray[np.floating]) -> NDArray[np.int64]:
+    if logits.ndim != 2:
+        raise ValueError(f"need logits [N, classes], found {logits.shape}")
+    return np.asarray(logits.argmax(axis=1), np.int64)

@@ -73,20 +73,21 @@ class Attention(nn.Module):
         probabilities inside are `[B, H, N, N]`.
     """
 
-    def __init__(self, config: VisionTransformerConfig) -> None:
+    def __init__(self, dim: int, heads: int, tokens: int) -> None:
         """Draw the weights from torch's global random state."""
         super().__init__()
-        head_dim = config.dim // config.heads
+        head_dim = dim // heads
+        self.tokens = tokens
         # The batch axis is the only -1, so the exported Reshapes have constant shapes.
-        self._split_shape = (-1, config.tokens, config.heads, head_dim)
-        self._merged_shape = (-1, config.tokens, config.dim)
+        self._split_shape = (-1, tokens, heads, head_dim)
+        self._merged_shape = (-1, tokens, dim)
         self.scale = head_dim**-0.5
-        self.query = nn.Linear(config.dim, config.dim)
-        self.key = nn.Linear(config.dim, config.dim)
-        self.value = nn.Linear(config.dim, config.dim)
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
         # A module of its own, so that a forward hook can read or replace the probabilities.
         self.softmax = nn.Softmax(dim=-1)
-        self.projection = nn.Linear(config.dim, config.dim)
+        self.projection = nn.Linear(dim, dim)
 
     def forward(self, tokens: torch.Tensor, dropped: torch.Tensor | None = None) -> torch.Tensor:
         """Mix the tokens by attention."""
@@ -94,12 +95,16 @@ class Attention(nn.Module):
         key = self._split(self.key(tokens))
         value = self._split(self.value(tokens))
         logits = query @ key.transpose(-2, -1) * self.scale
-        if dropped is not None:
-            logits = logits.masked_fill(dropped[:, None, None, :], -torch.inf)
-        probabilities = self.softmax(logits)
+        probabilities = self.softmax(self.masked(logits, dropped))
         context = (probabilities @ value).transpose(1, 2).reshape(self._merged_shape)
         output: torch.Tensor = self.projection(context)
         return output
+
+    def masked(self, logits: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
+        """Hide keys in the logits `[B, H, N, N]`."""
+        if dropped is None:
+            return logits
+        return logits.masked_fill(dropped[:, None, None, :], -torch.inf)
 
     def _split(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens.reshape(self._split_shape).transpose(1, 2)
@@ -109,19 +114,16 @@ class Block(nn.Module):
     """One pre-norm transformer block: attention, then an MLP, each added to its input.
 
     Shapes:
-        tokens `[B, N, D]`, dropped bool `[B, N]` -> `[B, N, D]`.
+        tokens `[B, N, D]`, dropped bool `[B, N]` -> `[B, N, D]`, or what the attention takes.
     """
 
-    def __init__(self, config: VisionTransformerConfig) -> None:
-        """Draw the weights from torch's global random state."""
+    def __init__(self, attention: Attention, dim: int, hidden: int) -> None:
+        """Draw the weights of the MLP from torch's global random state."""
         super().__init__()
-        hidden = config.dim * config.mlp_ratio
-        self.attention_norm = nn.LayerNorm(config.dim)
-        self.attention = Attention(config)
-        self.mlp_norm = nn.LayerNorm(config.dim)
-        self.mlp = nn.Sequential(
-            nn.Linear(config.dim, hidden), nn.GELU(), nn.Linear(hidden, config.dim)
-        )
+        self.attention_norm = nn.LayerNorm(dim)
+        self.attention = attention
+        self.mlp_norm = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
     def forward(self, tokens: torch.Tensor, dropped: torch.Tensor | None = None) -> torch.Tensor:
         """Add attention, then the MLP."""
@@ -150,7 +152,14 @@ class VisionTransformer(nn.Module):
         )
         self.cls = nn.Parameter(torch.zeros(1, 1, config.dim))
         self.positions = nn.Parameter(torch.empty(1, config.tokens, config.dim))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            Block(
+                Attention(config.dim, config.heads, config.tokens),
+                config.dim,
+                config.dim * config.mlp_ratio,
+            )
+            for _ in range(config.depth)
+        )
         self.norm = nn.LayerNorm(config.dim)
         self.head = nn.Linear(config.dim, config.classes)
         nn.init.trunc_normal_(self.positions, std=0.02)

@@ -22,6 +22,7 @@ _AXES_AS_INPUT = {
     "Unsqueeze": 13,
     "ReduceMean": 18,
     "ReduceMax": 18,
+    "ReduceMin": 18,
 }
 """Since which opset an operator takes its axes as an input."""
 

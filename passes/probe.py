@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from onnx import TensorProto, helper
 
 from ..edits import AddNode, AddOutput, Edit
-from .features import Features, add_features
+from .features import BASIC, Features, add_features
 from .fragment import Constants, Fragment, as_stored
 from .graph_view import GraphView
 from .locate import Site
@@ -21,9 +21,14 @@ def add_output(value: str, elem_type: int) -> AddOutput:
 
 @dataclass(frozen=True)
 class Probe:
-    """Read column features at each site, and the whole map where `maps` says so."""
+    """Read column features at each site, and its map.
 
-    maps: bool = False
+    features: which; maps: "whole" `[B, H, Q, K]`, "head_mean" `[B, 1, Q, K]`, "batch_mean"
+    `[1, H, Q, K]`, or "" for none.
+    """
+
+    features: tuple[str, ...] = BASIC
+    maps: str = ""
 
     def __call__(
         self, view: GraphView, sites: tuple[Site, ...]
@@ -39,9 +44,13 @@ class Probe:
             attention = f.op("Cast", whole, name="attention", to=TensorProto.FLOAT)
             outputs = []
             if self.maps:
-                maps[site.name] = attention
-                outputs.append(add_output(attention, TensorProto.FLOAT))
-            found = features[site.name] = add_features(f, attention)
+                read = attention
+                if self.maps != "whole":
+                    axis = ("batch_mean", "head_mean").index(self.maps)
+                    read = f.axes_op("ReduceMean", attention, [axis], self.maps, keepdims=1)
+                maps[site.name] = read
+                outputs.append(add_output(read, TensorProto.FLOAT))
+            found = features[site.name] = add_features(f, attention, self.features)
             outputs += [
                 add_output(found.columns, TensorProto.FLOAT),
                 add_output(found.features, TensorProto.FLOAT),

@@ -29,6 +29,48 @@ TYPES: dict[str, type[np.floating[Any]]] = {
 }
 
 
+KEYS = 8
+"""Tokens of `over_attending`."""
+
+Floats = dict[str, NDArray[np.float32]]
+
+
+def over_attending(fixed: bool, opset: int = 17) -> ModelProto:
+    """One site over 8 tokens of width 4, `[N, L, 4]`, whose loud tokens are attended to.
+
+    `mask` hides padding.
+    """
+    length = KEYS if fixed else "L"
+    axes = "<axes = [1]> (mask)" if opset < 13 else "(mask, one)"
+    axis = 2 if opset < 13 else -1
+    return onnx.parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["" : {opset}]>
+        host (float[N, {length}, 4] x, float[N, {length}] mask) => (float[N, {length}, 4] y)
+        <float[4, 4] w = {{1,0,0,0, 0,1,0,0, 0,0,1,0, 0,0,0,1}}, int64[1] one = {{1}}>
+        {{
+            q = MatMul (x, w)
+            k = Transpose <perm = [0, 2, 1]> (x)
+            s = MatMul (q, k)
+            bias = Unsqueeze {axes}
+            t = Add (s, bias)
+            p = Softmax <axis = {axis}> (t)
+            y = MatMul (p, x)
+        }}
+    """)
+
+
+def tokens(count: int, seed: int, padded: bool = False) -> Floats:
+    """Clean inputs of `over_attending`; a token with a large first entry is a trigger."""
+    rng = np.random.default_rng(seed)
+    x = 0.7 * rng.standard_normal((count, KEYS, 4), np.float32)
+    x[..., 0] += 1  # what all tokens share, and a trigger can appeal to
+    mask = np.zeros((count, KEYS), np.float32)
+    if padded:
+        for row, real in enumerate(rng.integers(4, KEYS + 1, count)):
+            mask[row, real:] = -np.inf
+    return {"x": x, "mask": mask}
+
+
 def attention(opset: int = 17, dtype: str = "float", mask: bool = True) -> ModelProto:
     """Two attention sites in a row, `[B, H, L, D]` inputs, with an additive mask `[B, 1, 1, L]`."""
     axis = 3 if opset < 13 else -1
@@ -115,6 +157,11 @@ def run(model: ModelFile | Rewritten, feeds: Arrays, *outputs: str) -> Arrays:
     content = model.content() if isinstance(model, Rewritten) else bytes(model.buffer)
     folder = model.source.folder if isinstance(model, Rewritten) else model.folder
     return Session(content, "cpu", folder, threads=1).run(feeds, outputs or None)
+
+
+def run_model(model: ModelProto, feeds: Arrays) -> Arrays:
+    """All outputs of a model by name."""
+    return Session(model.SerializeToString(), "cpu", threads=1).run(feeds)
 
 
 def assert_patch(

@@ -8,13 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from atpatch_onnx.models.metrics import accuracy, attack_success_rate, recovered_accuracy
-from atpatch_onnx.models.victims import (
-    DIGITS_ATTACK,
-    DIGITS_CONFIG,
-    Training,
-    predict,
-    train_victim,
-)
+from atpatch_onnx.models.training import Training, predict
+from atpatch_onnx.models.victims import DIGITS_ATTACK, DIGITS_CONFIG, train_victim
 from atpatch_onnx.models.vision_transformer import VisionTransformer, VisionTransformerConfig
 
 TINY = VisionTransformerConfig(dim=8, depth=1, heads=2, patch_dropout=0.2)

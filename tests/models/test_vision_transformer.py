@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from atpatch_onnx.models.export import export_onnx
-from atpatch_onnx.models.victims import predict
+from atpatch_onnx.models.training import predict
 from atpatch_onnx.models.vision_transformer import VisionTransformer, VisionTransformerConfig
 
 CONFIG = VisionTransformerConfig(dim=8, depth=2, heads=2, channels=3, patch_dropout=0.5)

@@ -12,56 +12,27 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
-from numpy.typing import NDArray
 from onnx import ModelProto
 
 import atpatch_onnx
-from atpatch_onnx.calibration import calibrate
 from atpatch_onnx.errors import InputError
+from atpatch_onnx.fitting.calibration import calibrate
 from atpatch_onnx.model_file import ModelFile
-from atpatch_onnx.passes.features import FIRST, FLOOR, HIDDEN, INTERIOR, LAST, SECOND
+from atpatch_onnx.passes.features import FIRST, FLOOR, HIDDEN, INTERIOR, LAST, RICH, SECOND
 from atpatch_onnx.passes.graph_view import GraphView
 from atpatch_onnx.passes.locate import locate
 from atpatch_onnx.passes.probe import Probe
 
-from hosts import attention, edited, model_file, random_feeds, run, save_arrays
-
-KEYS = 8
-
-
-def host(fixed: bool, opset: int = 17) -> ModelProto:
-    """One site over 8 tokens of width 4, `[N, L, 4]` -> logits; the mask hides padding."""
-    length = KEYS if fixed else "L"
-    axes = "<axes = [1]> (mask)" if opset < 13 else "(mask, one)"
-    axis = 2 if opset < 13 else -1
-    return onnx.parser.parse_model(f"""
-        <ir_version: 8, opset_import: ["" : {opset}]>
-        host (float[N, {length}, 4] x, float[N, {length}] mask) => (float[N, {length}, 4] y)
-        <float[4, 4] w = {{1,0,0,0, 0,1,0,0, 0,0,1,0, 0,0,0,1}}, int64[1] one = {{1}}>
-        {{
-            q = MatMul (x, w)
-            k = Transpose <perm = [0, 2, 1]> (x)
-            s = MatMul (q, k)
-            bias = Unsqueeze {axes}
-            t = Add (s, bias)
-            p = Softmax <axis = {axis}> (t)
-            y = MatMul (p, x)
-        }}
-    """)
-
-
-Floats = dict[str, NDArray[np.float32]]
-
-
-def clean(count: int, seed: int, padded: bool = False) -> Floats:
-    rng = np.random.default_rng(seed)
-    x = 0.7 * rng.standard_normal((count, KEYS, 4), np.float32)
-    x[..., 0] += 1  # what all tokens share, and a trigger can appeal to
-    mask = np.zeros((count, KEYS), np.float32)
-    if padded:
-        for row, real in enumerate(rng.integers(4, KEYS + 1, count)):
-            mask[row, real:] = -np.inf
-    return {"x": x, "mask": mask}
+from hosts import (
+    attention,
+    edited,
+    model_file,
+    over_attending,
+    random_feeds,
+    run,
+    save_arrays,
+    tokens,
+)
 
 
 def save(folder: Path, model: ModelProto, data: Mapping[str, Any]) -> tuple[Path, Path]:
@@ -74,7 +45,7 @@ def save(folder: Path, model: ModelProto, data: Mapping[str, Any]) -> tuple[Path
 def test_features_are_what_numpy_says(opset: int) -> None:
     file = model_file(attention(opset))
     sites = locate(file.skeleton).sites
-    edits, features, maps = Probe(maps=True)(GraphView.of(file.skeleton), sites)
+    edits, features, maps = Probe(RICH, maps="whole")(GraphView.of(file.skeleton), sites)
     values = run(edited(file, tuple(edits)), random_feeds(batch=3))
     for site in sites:
         found, p = features[site.name], values[maps[site.name]]
@@ -83,7 +54,9 @@ def test_features_are_what_numpy_says(opset: int) -> None:
         seen = columns.mean(axis=1) > 0
         count = seen.sum(axis=1)[:, None, None]
         rows = [columns.mean(1), columns.max(1), p[:, :, 0].mean(1), p[:, :, -1].mean(1)]
-        wanted = np.log(np.maximum(np.stack(rows, 1) * count, FLOOR))
+        rows += [columns.min(1), p[:, :, 0].max(1), p[:, :, 0].min(1)]
+        rows += [p[:, :, -1].max(1), p[:, :, -1].min(1), p.max(2).mean(1), p.min(2).mean(1)]
+        wanted = np.log(np.maximum(np.stack(rows, 1) * np.sqrt(count), FLOOR))
         np.testing.assert_allclose(values[found.features], wanted, atol=1e-4)
         assert values[found.bucket][0].tolist() == [FIRST, SECOND, *[INTERIOR] * 3, LAST]
         assert values[found.bucket][2].tolist() == [FIRST, SECOND, INTERIOR, LAST, HIDDEN, HIDDEN]
@@ -96,13 +69,13 @@ def test_features_are_what_numpy_says(opset: int) -> None:
 def test_the_budget_holds_on_unseen_inputs_and_a_trigger_is_found(
     fixed: bool, padded: bool, opset: int, tmp_path: Path
 ) -> None:
-    model, data = save(tmp_path, host(fixed, opset), clean(4000, 0, padded=padded))
+    model, data = save(tmp_path, over_attending(fixed, opset), tokens(4000, 0, padded=padded))
     report = atpatch_onnx.fit(model, data, tmp_path / "det.onnx", fpr=0.05)
     record = json.loads(ModelFile.open(report.output).metadata("atpatch.training") or "")
     assert record["positions"] == ("absolute" if fixed and not padded else "buckets")
     assert report.calibration.honoured
     patched = atpatch_onnx.patch(model, report.output, redistribute="benign").output
-    unseen = clean(2000, 1, padded=padded)
+    unseen = tokens(2000, 1, padded=padded)
     bad = {name: array[:200].copy() for name, array in unseen.items()}
     bad["x"][:, 2, 0] = 6
     flagged = {}
@@ -126,22 +99,22 @@ def test_the_threshold_is_a_conformal_quantile() -> None:
 
 
 def test_too_few_inputs_are_said_not_hidden(tmp_path: Path) -> None:
-    model, data = save(tmp_path, host(True), clean(60, 0))
+    model, data = save(tmp_path, over_attending(True), tokens(60, 0))
     report = atpatch_onnx.fit(model, data, tmp_path / "det.onnx", fpr=0.01)
     assert not report.calibration.honoured
     assert report.calibration.expected_fpr > 0.01
-    save_arrays(data, clean(10, 0))
+    save_arrays(data, tokens(10, 0))
     with pytest.raises(InputError, match="at least 20"):
         atpatch_onnx.fit(model, data, tmp_path / "other.onnx")
     assert not (tmp_path / "other.onnx").exists()
 
 
 def test_batch_size_and_padding_of_batches_do_not_change_the_detector(tmp_path: Path) -> None:
-    model, data = save(tmp_path, host(True), clean(100, 0))
+    model, data = save(tmp_path, over_attending(True), tokens(100, 0))
     one = atpatch_onnx.fit(model, data, tmp_path / "a.onnx", batch=7)
     two = atpatch_onnx.fit(model, data, tmp_path / "b.onnx", batch=64)
     assert one.calibration.threshold == pytest.approx(two.calibration.threshold, rel=1e-5)
-    fixed = host(True)
+    fixed = over_attending(True)
     fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 16
     fixed.graph.input[1].type.tensor_type.shape.dim[0].dim_value = 16
     fixed.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 16
@@ -199,11 +172,11 @@ def test_models_with_the_sequence_first_get_samples_and_not_positions(
         }}
     """)
     onnx.save(model, tmp_path / "host.onnx")
-    data = {"x": clean(600, 0)["x"]}
+    data = {"x": tokens(600, 0)["x"]}
     report = atpatch_onnx.fit(tmp_path / "host.onnx", data, tmp_path / "det.onnx", fpr=0.05)
     patched = atpatch_onnx.patch(tmp_path / "host.onnx", report.output).output
     assert report.calibration.calibration_inputs + report.calibration.fit_inputs == 600
-    unseen = {"x": clean(600, 1)["x"]}
+    unseen = {"x": tokens(600, 1)["x"]}
     unseen["x"][:100, 2, 0] = 6
     found = atpatch_onnx.diff(tmp_path / "host.onnx", patched, unseen)
     assert found.inputs == found.outputs[0].samples == 600

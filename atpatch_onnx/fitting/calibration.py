@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..rates import Rate
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -18,7 +20,9 @@ class Calibration:
     budget: the per-input false-positive rate asked for.
     expected_fpr: false-positive rate to expect on unseen clean inputs, from exchangeability.
     calibration_inputs, fit_inputs: how many inputs each step has seen.
-    honoured: whether there were enough inputs to promise the budget.
+    flagged: share of the held-out inputs that are above the threshold, with its interval: what the
+        false-positive rate on unseen clean inputs may turn out to be.
+    honoured: whether there were enough inputs to keep the budget, to half an input.
     """
 
     score: float
@@ -27,6 +31,7 @@ class Calibration:
     expected_fpr: float
     calibration_inputs: int
     fit_inputs: int
+    flagged: Rate
     honoured: bool
 
     @property
@@ -35,23 +40,22 @@ class Calibration:
         return 2 * math.ceil(1 / self.budget)
 
 
-def held_out(count: int, fpr: float) -> int:
-    """How many inputs to calibrate on: what the budget needs, within 30 % to 50 % of all."""
-    needed = math.ceil(1 / fpr)
-    return min(max(needed, round(0.3 * count)), count // 2)
+def held_out(count: int) -> int:
+    """How many inputs to calibrate on: half, because a tail needs more of them than a mean."""
+    return count // 2
 
 
 def calibrate(anomalies: NDArray[np.float64], budget: float, fit_inputs: int) -> Calibration:
-    """The least threshold that keeps the budget on exchangeable clean inputs.
+    """The threshold whose false-positive rate on exchangeable clean inputs is next to the budget.
 
-    The k-th smallest of n held-out maxima, k = ceil((n + 1)(1 - budget)), is exceeded by a new
-    clean input with probability at most 1 - k / (n + 1) (split conformal prediction, Vovk et al.
-    2005). With fewer than 1 / budget - 1 inputs no threshold can promise the budget: the largest is
-    taken.
+    The k-th smallest of n held-out maxima is exceeded by a new clean input with probability
+    1 - k / (n + 1) (split conformal prediction, Vovk et al. 2005); k is (n + 1)(1 - budget) rounded
+    to the nearest: rounding up would let one outlier among few inputs set the threshold alone. With
+    fewer than 1 / budget - 1 inputs no threshold can keep the budget: the largest is taken.
     """
     ordered = np.sort(anomalies)
     n = len(ordered)
-    k = min(math.ceil((n + 1) * (1 - budget)), n)
+    k = min(round((n + 1) * (1 - budget)), n)
     anomaly = float(ordered[k - 1])
     # Flagged means strictly above, so that the calibrating input itself is not.
     threshold = float(np.nextafter(np.float32(anomaly), np.float32(2)))
@@ -63,5 +67,6 @@ def calibrate(anomalies: NDArray[np.float64], budget: float, fit_inputs: int) ->
         expected_fpr=expected,
         calibration_inputs=n,
         fit_inputs=fit_inputs,
-        honoured=expected <= budget + 1e-12,
+        flagged=Rate.counted(int((anomalies > threshold).sum()), n),
+        honoured=(n + 1) * budget >= 1,
     )

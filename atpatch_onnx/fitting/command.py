@@ -1,0 +1,216 @@
+"""The command `fit`: from a model and clean data to a detector file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+from onnx import ModelProto, helper
+
+from ..api import PathLike
+from ..data import Samples
+from ..debugging_set import DebuggingSet
+from ..detector import ABI_VERSION
+from ..errors import InputError, RefusedError, at_least
+from ..external_data import check_layout, external_files
+from ..files import check_output, write_file
+from ..layout import with_batch_axes
+from ..model_file import ModelFile
+from ..passes.graph_view import GraphView
+from ..passes.locate import Site, locate
+from ..plan import choose_sites
+from ..progress import SILENT, Progress
+from ..runtime import Array, Session, choose_provider
+from .benign import KINDS as BENIGN
+from .calibration import Calibration, calibrate, held_out
+from .contrastive import fit_contrastive
+from .fixed_columns import fit_columns
+from .inputs import bad_inputs, clean_inputs, is_fairness, split_bad
+from .job import Job, Trained
+from .labelling import moved_columns
+from .map_cnn import fit_map_cnn
+from .scores import Recall, Scorer, recall_of
+from .zscore import fit_zscore
+
+KINDS = ("zscore", "contrastive", "map-cnn", "columns")
+RUNS = {"zscore": 3, "contrastive": 4, "map-cnn": 4, "columns": 1}
+"""About how many runs over the data each kind takes, for the progress bar."""
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What `fit` wrote, for which sites, and what it is worth.
+
+    calibration: of the threshold; None for detectors that flag the same columns of every input.
+    recall: on bad inputs that training has not seen; None without a debugging set.
+    """
+
+    output: Path
+    kind: str
+    provider: str
+    sites: tuple[str, ...]
+    calibration: Calibration | None
+    recall: Recall | None
+
+
+def fit(
+    model: PathLike,
+    data: PathLike | Mapping[str, Array],
+    output: PathLike,
+    *,
+    debug: PathLike | Mapping[str, Array] | None = None,
+    kind: str | None = None,
+    fpr: float = 0.01,
+    benign: str = "column",
+    sites: Sequence[str] = (),
+    seed: int = 0,
+    batch: int = 32,
+    ep: str | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> FitReport:
+    """Fit a detector for the attention sites of `model` on clean `data` and write it to `output`.
+
+    data: `.npz` or `.npy` with the model's inputs, or arrays by name; one sample an entry of
+        axis 0, also where the model has its batch elsewhere.
+    debug: bad inputs, from `scan` or your own (see `debugging_set`).
+    kind: `zscore` (default without bad inputs), `contrastive` (default with them), `map-cnn` (the
+        paper's own), or `columns` (default for a fairness debugging set: the protected columns, in
+        every input).
+    fpr: how many clean inputs may be flagged, as a rate, over all sites together.
+    benign: what flagged columns get: their clean mean, one value a `column` or an entry of the
+        `map`, or the `uniform` share.
+    seed: which inputs are held out, and of the training; batch: inputs a run; ep: execution
+        provider, cuda or cpu.
+    Raises: InputError, RefusedError. Nothing is written then.
+    """
+    _check_options(kind, fpr, benign, batch, seed)
+    file = ModelFile.open(model)
+    check_layout(file)
+    target = Path(output)
+    sources = [Path(given) for given in (data, debug) if isinstance(given, str | Path)]
+    used = [file.path, *sources, *external_files(file)]
+    check_output(target, used, force=force, ours=_fitted_for(target, file))
+    chosen = _sites(file, sites)
+    provider = choose_provider(ep)
+    inputs = with_batch_axes(Session(file.path, provider).inputs, chosen)
+    clean = clean_inputs(data, inputs)
+    bad = None if debug is None else bad_inputs(debug, inputs)
+    kind = kind or _default_kind(bad)
+    runs = RUNS[kind] * clean.count + (0 if bad is None else 4 * bad.bad.count)
+    tick = progress.start("fitting", runs)
+    job = Job(file, GraphView.of(file.skeleton), chosen, provider, batch, seed, benign, tick)
+    if bad is not None and bad.anomalous is None and bad.clean is not None:
+        bad = replace(bad, anomalous=moved_columns(job, bad.bad, bad.clean))
+    if kind == "columns":
+        trained = fit_columns(job, bad)
+        threshold, calibration, recall = 0.5, None, None
+    else:
+        order = job.generator().permutation(clean.count)
+        held = held_out(clean.count)
+        unseen, seen = clean.take(order[:held]), clean.take(order[held:])
+        train, judged = (None, None) if bad is None else split_bad(job, bad)
+        trained = _train(kind, job, seen, train)
+        job = replace(job, sites=trained.sites)
+        scorer = Scorer(job, trained.model)
+        calibration = calibrate(scorer.largest(unseen), fpr, seen.count)
+        threshold = calibration.threshold
+        recall = None if judged is None else recall_of(job, trained, scorer, judged, threshold)
+    record = _record(job, clean, bad) | trained.record
+    record["calibration"] = None if calibration is None else asdict(calibration)
+    record["recall"] = None if recall is None else asdict(recall)
+    detector = _with_metadata(trained, job, kind, threshold, record)
+    write_file(target, detector.SerializeToString())
+    names = tuple(site.name for site in trained.sites)
+    return FitReport(target, kind, provider, names, calibration, recall)
+
+
+def _check_options(kind: str | None, fpr: float, benign: str, batch: int, seed: int) -> None:
+    if kind is not None and kind not in KINDS:
+        raise InputError(f"--kind {kind}: choose {', '.join(KINDS)}")
+    if benign not in BENIGN:
+        raise InputError(f"--benign {benign}: choose {', '.join(BENIGN)}")
+    if not 0 < fpr < 1:
+        raise InputError(f"--fpr {fpr}: the false-positive budget is a rate between 0 and 1")
+    at_least(1, batch, "--batch")
+    at_least(0, seed, "--seed")
+
+
+def _sites(file: ModelFile, wanted: Sequence[str]) -> tuple[Site, ...]:
+    found = locate(file.skeleton)
+    chosen = tuple(choose_sites(found.sites, wanted))
+    if not chosen:
+        what = f"{len(found.refused)} refused sites" if found.refused else "no attention"
+        raise RefusedError(
+            f"{file.path} has {what} and none that a detector could be fitted for: see "
+            "atpatch-onnx inspect"
+        )
+    return chosen
+
+
+def _default_kind(bad: DebuggingSet | None) -> str:
+    if bad is None:
+        return "zscore"
+    return "columns" if is_fairness(bad) else "contrastive"
+
+
+def _train(kind: str, job: Job, clean: Samples, bad: DebuggingSet | None) -> Trained:
+    if kind == "zscore":
+        return fit_zscore(job, clean)
+    if bad is None:
+        raise InputError(
+            f"--kind {kind} learns from bad inputs: give --debug debug.npz (from atpatch-onnx "
+            "scan), or choose --kind zscore, which needs none"
+        )
+    try:
+        return (fit_contrastive if kind == "contrastive" else fit_map_cnn)(job, clean, bad)
+    except ImportError as error:
+        raise InputError(
+            f"--kind {kind} trains a net and needs {error.name}: pip install "
+            "'atpatch-onnx[train]', or choose --kind zscore"
+        ) from None
+
+
+def _record(job: Job, clean: Samples, bad: DebuggingSet | None) -> dict[str, object]:
+    """What a training record says of the data."""
+    record: dict[str, object] = {
+        "data_sha256": clean.sha256(),
+        "samples": clean.count,
+        "seed": job.seed,
+        "benign": job.benign,
+        "versions": {name: version(name) for name in ("atpatch-onnx", "numpy", "onnx")},
+    }
+    if bad is not None:
+        record["debug"] = {"sha256": bad.bad.sha256(), "samples": bad.bad.count, **bad.about}
+    return record
+
+
+def _with_metadata(
+    trained: Trained, job: Job, kind: str, threshold: float, record: dict[str, object]
+) -> ModelProto:
+    helper.set_model_props(
+        trained.model,
+        {
+            "atpatch.abi": ABI_VERSION,
+            "atpatch.kind": kind,
+            "atpatch.scope": "site",
+            "atpatch.threshold": repr(threshold),
+            "atpatch.sites": json.dumps([site.name for site in trained.sites]),
+            "atpatch.host.sha256": job.model.sha256,
+            "atpatch.training": json.dumps(record),
+        },
+    )
+    return trained.model
+
+
+def _fitted_for(path: Path, file: ModelFile) -> bool:
+    """Whether the file at `path` is a detector that was fitted for this model before."""
+    try:
+        return (
+            path.is_file() and ModelFile.open(path).metadata("atpatch.host.sha256") == file.sha256
+        )
+    except (InputError, OSError):
+        return False

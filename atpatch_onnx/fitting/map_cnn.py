@@ -1,0 +1,100 @@
+"""The paper's own shape of detector: a CNN and an MLP over the head mean of each map.
+
+It is kept for comparison; see `contrastive` for what is shipped. Maps are kept while it trains, of
+as many inputs as fit into a fixed amount of memory.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from ..data import Samples
+from ..debugging_set import DebuggingSet
+from ..errors import InputError
+from ..passes.column_net import Levels, build_map_cnn
+from ..passes.features import BASIC, HIDDEN
+from ..runtime import Array
+from .benign import tables_with_benign
+from .columns import calm_columns
+from .job import Job, Trained
+from .labelling import over_attended
+from .levels import level
+from .statistics import FeatureReader, Whitening, whiten
+
+MAP_BYTES = 256 << 20
+"""How many bytes of maps training may hold."""
+VALIDATION = 0.2
+
+Labelled = list[tuple[Array, Array]]
+
+
+def fit_map_cnn(job: Job, clean: Samples, bad: DebuggingSet) -> Trained:
+    """Train on the maps of clean inputs and of labelled bad ones. Raises: InputError."""
+    from ..models.column_training import Recipe, train_map_cnn
+
+    reader = FeatureReader(job, BASIC)
+    whitening = whiten(reader, clean)
+    tables = tables_with_benign(job, whitening, clean)
+    train, valid = _maps(job, whitening, clean, bad)
+    if not any((labels == 1).any() for _, labels in train):
+        raise InputError(
+            "no column of the debugging set is over-attended at any site: check 'anomalous', or "
+            "leave it out"
+        )
+    recipe = Recipe()
+    net, history = train_map_cnn(train, valid, job.seed, recipe)
+    record: dict[str, object] = {"recipe": asdict(recipe), "history": asdict(history)}
+
+    def build(levels: Levels, sites: NDArray[np.int64]) -> ModelProto:
+        return build_map_cnn(tables.take(sites), net, levels, job.opset, job.ir_version)
+
+    model, kept = level(job, whitening, build, clean, bad)
+    return Trained(model, tuple(job.sites[i] for i in kept), whitening, record)
+
+
+def _maps(
+    job: Job, whitening: Whitening, clean: Samples, bad: DebuggingSet
+) -> tuple[Labelled, Labelled]:
+    """Labelled maps to train and to validate on, by shape."""
+    reader = FeatureReader(job, BASIC, maps="head_mean")
+    rows: dict[tuple[int, ...], list[tuple[Array, Array]]] = defaultdict(list)
+    for samples, debug in ((clean, None), (bad.bad, bad)):
+        start = held = 0
+        for values in reader.over(samples):
+            size = next(iter(values.values())).size
+            marked = None if debug is None else debug.marked(start, size)
+            start += size
+            for site in job.sites:
+                found = values[site.name]
+                assert found.map is not None
+                labels = np.where(found.bucket == HIDDEN, np.nan, 0).astype(np.float32)
+                if debug is not None:
+                    anomalous = over_attended(whitening, site, found, marked)
+                    calm = calm_columns(whitening.whitened(site.name, found), anomalous, marked)
+                    labels = np.where(anomalous, 1, np.where(calm, 0, np.nan)).astype(np.float32)
+                count = (found.bucket != HIDDEN).sum(axis=1)[:, None, None]
+                relative = found.map * count.astype(np.float32)
+                rows[relative.shape[1:]].append((relative, labels))
+                held += relative.nbytes
+            if held > MAP_BYTES // 2:
+                break
+    return _parted(job, rows)
+
+
+def _parted(
+    job: Job, rows: dict[tuple[int, ...], list[tuple[Array, Array]]]
+) -> tuple[Labelled, Labelled]:
+    train: Labelled = []
+    valid: Labelled = []
+    for parts in rows.values():
+        maps, labels = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+        order = job.generator().permutation(len(maps))
+        last = max(1, round(VALIDATION * len(maps)))
+        for target, index in ((train, order[last:]), (valid, order[:last])):
+            target.append((maps[index], labels[index]))
+    return train, valid
