@@ -19,7 +19,9 @@ from .model_file import ModelFile
 from .passes.graph_view import GraphView
 from .passes.locate import Other, Sites, locate
 from .passes.outcome import Outcome, PassResult, Skipped
-from .passes.splice import Splice, Strategy
+from .passes.redistribute import Redistribution
+from .passes.rerun import Plan, plan_rerun
+from .passes.splice import Splice, Strategy, Treatment
 from .patch_file import load_patch, save_patch
 from .patching import Patch, Rewritten, about_edit, base_sha256, check_order, record_keys
 from .patching import apply as apply_edits
@@ -110,7 +112,9 @@ def patch(
         that still heals the debugging set `debug`, and records the search in a plan file.
     redistribute: "benign" (default where the detector knows it), "uniform" or "prune" (default
         for columns).
-    strategy: "guard" (an `If`) or "select" (branch-free); by default what is faster on `ep`.
+    strategy: "guard" (an `If`), "select" (branch-free) or "rerun" (decide first, then run again
+        with the flagged columns pruned at every site); by default what the detector asks for, where
+        the model allows it, else what is faster on `ep`.
     ep: where the model will run: "cuda" or "cpu"; by default "cuda" where there is one.
     patch_only: write an `.atpatch` file there instead of a patched model.
     digests: read and hash external weights for the certificate.
@@ -135,7 +139,10 @@ def patch(
     detectors = {t.detector.sha256: t.detector for t in treatments.values() if t.detector}
     check_bindings(bind or {}, detectors.values())
     provider = choose_provider(ep)
-    splice = Splice(treatments, _strategy(strategy, provider), telemetry, toggle, bind or {})
+    how = _strategy(strategy, provider, file.sha256, view, found, treatments, redistribute)
+    if how is Strategy.RERUN:
+        treatments = _pruning(treatments, redistribute)
+    splice = Splice(treatments, how, telemetry, toggle, bind or {})
     result = splice(view, found.sites)
     if not result.patched:
         raise RefusedError(_nothing_patched(file, found, result))
@@ -282,14 +289,41 @@ def _is_plan(path: Path, file: ModelFile) -> bool:
         return False
 
 
-def _strategy(wanted: str | None, provider: str) -> Strategy:
-    """`select` for CUDA, where an `If` costs a synchronisation, `guard` for CPU."""
+def _strategy(
+    wanted: str | None,
+    provider: str,
+    sha256: str,
+    view: GraphView,
+    found: Sites,
+    treatments: Mapping[str, Treatment],
+    redistribute: str | None,
+) -> Strategy:
+    """What is asked for; else what the detectors ask for; else `select` for CUDA, where an `If` at
+    each site costs a synchronisation, and `guard` for CPU."""
     if wanted is not None:
         try:
             return Strategy(wanted)
         except ValueError:
-            raise InputError(f"--strategy {wanted}: choose guard or select") from None
+            raise InputError(f"--strategy {wanted}: choose guard, select or rerun") from None
+    detectors = [treatment.detector for treatment in treatments.values()]
+    # A detector has tried what it asks for, on the model that it was fitted for.
+    asked = {d.strategy if d is not None and d.host_sha256 == sha256 else None for d in detectors}
+    if asked == {Strategy.RERUN.value} and redistribute in (None, Redistribution.PRUNE.value):
+        detecting = [site for site in found.sites if site.name in treatments]
+        if isinstance(plan_rerun(view, found.sites, detecting), Plan):
+            return Strategy.RERUN
     return Strategy.SELECT if provider == "cuda" else Strategy.GUARD
+
+
+def _pruning(treatments: Mapping[str, Treatment], redistribute: str | None) -> dict[str, Treatment]:
+    """The treatments of a second run. Raises: InputError for a benign attention."""
+    if redistribute == Redistribution.BENIGN.value:
+        raise InputError(
+            "--strategy rerun prunes the flagged columns at every site, also where the detector "
+            "knows no benign attention: choose --redistribute prune or uniform, or --strategy guard"
+        )
+    mode = Redistribution(redistribute or Redistribution.PRUNE)
+    return {name: replace(each, redistribution=mode) for name, each in treatments.items()}
 
 
 def _nothing_patched(file: ModelFile, found: Sites, result: PassResult) -> str:

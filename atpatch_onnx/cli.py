@@ -233,7 +233,8 @@ def patch(
     ] = None,
     threshold: Annotated[float | None, typer.Option(help="Override the detector's.")] = None,
     strategy: Annotated[
-        str | None, typer.Option(help="guard (If, for CPU) or select (branch-free, for CUDA).")
+        str | None,
+        typer.Option(help="guard (If), select (branch-free) or rerun (decide first)."),
     ] = None,
     telemetry: Annotated[bool, typer.Option(help="Add outputs: flagged columns per site.")] = False,
     toggle: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ def ddmin(whole: Sequence[T], holds: Callable[[Sequence[T]], bool]) -> list[T]:
 def _split(whole: Sequence[T], pieces: int) -> list[list[T]]:
     """Consecutive chunks whose sizes differ by at most one."""
     bounds = [round(index * len(whole) / pieces) for index in range(pieces + 1)]
-    return [list(whole[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [list(whole[start:end]) for start, end in pairwise(bounds)]
 
 
 def _without(chunks: list[list[T]], left_out: int) -> list[T]:

@@ -38,6 +38,7 @@ class Detector:
     sha256: digest of its file.
     kind: what made it, for people.
     threshold: columns with a higher anomaly are flagged.
+    strategy: how it asks to be spliced in where nobody says otherwise; None: it does not say.
     sites: names of the sites it was fitted for, in the order of `layer`; empty: any site.
     host_sha256: digest of the model it was fitted for; None: it does not say.
     training: its training record, as the fitter wrote it.
@@ -51,6 +52,7 @@ class Detector:
     sites: tuple[str, ...]
     host_sha256: str | None
     training: dict[str, object]
+    strategy: str | None = None
 
     @property
     def takes_layer(self) -> bool:
@@ -123,6 +125,7 @@ def load_detector(path: str | Path, opset: int, threshold: float | None = None) 
         sites=tuple(sites),
         host_sha256=metadata.get("atpatch.host.sha256"),
         training=training,
+        strategy=metadata.get("atpatch.strategy"),
     )
 
 

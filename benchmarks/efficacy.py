@@ -1,8 +1,8 @@
 """The whole offline phase on every reference victim: scan, fit, patch, evaluate.
 
     python benchmarks/efficacy.py [--quick] [--cases 'digits-*,census'] [--seeds 0,1,2]
-        [--victims victims] [--data ../shared/data] [--work efficacy-work] [--budget 600]
-        [--threads 1] [--ep cpu] [-o FILE]
+        [--victims victims] [--data ../shared/data] [--work efficacy-work] [--inputs 1000]
+        [--budget 600] [--threads 1] [--ep cpu] [-o FILE]
 
 `--quick`: the digits, one seed, minutes. Everything: hours on two cores. A victim that is not there
 is trained first. Each (case, seed) leaves a JSON in the work folder, and is skipped where that was
@@ -59,7 +59,9 @@ def main() -> None:
     """Print the tables and write one JSON."""
     options = _options()
     torch.set_num_threads(options.threads)
-    settings = Settings(options.budget, choose_provider(options.ep), options.threads)
+    settings = Settings(
+        options.inputs, options.budget, choose_provider(options.ep), options.threads
+    )
     options.work.mkdir(parents=True, exist_ok=True)
     records: list[Record] = []
     skipped: dict[str, str] = {}
@@ -170,6 +172,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--victims", type=Path, default=VICTIMS, help="folder of the victims")
     parser.add_argument("--data", type=Path, default=DATA, help="images, text and tabular data")
     parser.add_argument("--work", type=Path, default=Path("efficacy-work"))
+    parser.add_argument("--inputs", type=int, default=1000, help="test inputs that are judged")
     parser.add_argument("--budget", type=float, help="seconds for a scan")
     parser.add_argument("--threads", type=int, default=1, help="of the search and of training")
     parser.add_argument("--ep", choices=("cpu", "cuda"))

@@ -55,11 +55,12 @@ class Backdoored:
         rows.add(SITES_AUTO, variant(sites="auto", debug=self.debug), **given)
         rows.add("zscore", functools.partial(self.patched, "zscore"))
         rows.add("map-cnn", functools.partial(self.patched, "map-cnn"), **given)
-        rows.add("prune", variant(redistribute="prune"), **given)
-        rows.add("uniform", variant(redistribute="uniform"), **given)
+        in_flow = functools.partial(variant, strategy="guard")
+        rows.add("in flow, benign", in_flow(redistribute="benign"), **given)
+        rows.add("in flow, prune", in_flow(redistribute="prune"), **given)
         if marked:
             rows.add("random columns", self.random, **given)
-        rows.add("no rescale", self.no_rescale, **given)
+        rows.add("in flow, no rescale", self.no_rescale, **given)
         if marked:
             rows.add("oracle", self.oracle)
             rows.add("oracle, prune", lambda: self.oracle(redistribute="prune"))

@@ -10,7 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from atpatch_onnx.classifier import Classifier
+from atpatch_onnx.data import load_arrays
 from atpatch_onnx.errors import AtpatchError, first_line
 from atpatch_onnx.models.cases import RECORD
 from atpatch_onnx.rates import Rate
@@ -35,9 +38,11 @@ SHOWN = {
 class Settings:
     """What a result depends on besides the victim.
 
+    inputs: how many test inputs, and triggered ones, are judged at most.
     budget: seconds for a scan; threads: of the search and of training, which changes times only.
     """
 
+    inputs: int
     budget: float
     ep: str
     threads: int
@@ -79,12 +84,28 @@ class Victim:
     @property
     def test(self) -> Path:
         """What is judged on."""
-        return self.folder / "test.npz"
+        return self._some("test.npz")
 
     @property
     def triggered(self) -> Path:
         """The same with the real trigger."""
-        return self.folder / "triggered.npz"
+        return self._some("triggered.npz")
+
+    def _some(self, name: str) -> Path:
+        """The file, or one with as many of its inputs as are judged, chosen at random."""
+        path = self.folder / name
+        if not path.exists():
+            return path
+        arrays = load_arrays(path)
+        count = len(arrays["labels"])
+        if count <= self.settings.inputs:
+            return path
+        some = self.scratch / name
+        if not some.exists():
+            chosen = np.random.default_rng(0).permutation(count)[: self.settings.inputs]
+            kept = {k: v[np.sort(chosen)] if v.ndim else v for k, v in arrays.items()}
+            np.savez(some, allow_pickle=False, **kept)
+        return some
 
     def classifier(self, model: Path) -> Classifier:
         """A model as a black box."""

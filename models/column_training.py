@@ -27,9 +27,9 @@ Floats = NDArray[np.float32]
 class Recipe:
     """How a detector is trained: AdamW, balanced batches, early stopping."""
 
-    epochs: int = 50
+    epochs: int = 30
     """At most."""
-    patience: int = 8
+    patience: int = 5
     """Epochs without a better validation loss before training stops."""
     batch_size: int = 512
     """Columns a step, a quarter of them anomalous."""

@@ -84,7 +84,7 @@ def predict(model: nn.Module, images: NDArray[np.float32], batch: int = 500) -> 
     model.eval()
     try:
         with torch.inference_mode():
-            parts = [model(part) for part in torch.from_numpy(images).split(batch)]
+            parts = [model(part) for part in torch.split(torch.from_numpy(images), batch)]
             logits: NDArray[np.float32] = torch.cat(parts).numpy()
     finally:
         model.train(was_training)

@@ -10,6 +10,8 @@
    CUDA. Strategy `guard`: the same inside an `If` on whether anything is flagged: cheaper on CPU.
 5. The input slots of the nodes that lead to P V read the result instead of P.
 
+Strategy `rerun` leaves P V alone: see its module.
+
 Where nothing is flagged in a sample its probabilities pass bit for bit, by selection.
 """
 
@@ -39,7 +41,8 @@ from .inline import Inliner
 from .locate import Site
 from .outcome import Outcome, PassResult, Patched, Skipped
 from .redistribute import Redistribution, redistribute
-from .views import view_4d
+from .rerun import add_rerun, plan_rerun
+from .views import as_before, view_4d
 
 ENABLED = "atpatch/enabled"
 THRESHOLD = "atpatch/threshold"
@@ -52,6 +55,8 @@ class Strategy(StrEnum):
     """An `If`: nothing is computed when nothing is flagged; fastest on CPU."""
     SELECT = "select"
     """Branch-free: no host synchronisation, fit for CUDA graphs."""
+    RERUN = "rerun"
+    """Decide first and run again with the flagged columns pruned at every site (see `rerun`)."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,8 @@ class _Splicing:
                 outcomes.append(Skipped(site.name, reasons[site.name]))
             else:
                 outcomes.append(self.patch(site, treatment))
+        if self.options.strategy is Strategy.RERUN:
+            outcomes = self.rerun(sites, outcomes)
         if self.options.toggle and any(isinstance(o, Patched) for o in outcomes):
             self.edits += [
                 AddInitializer(helper.make_tensor(ENABLED, TensorProto.BOOL, [], [True])),
@@ -169,11 +176,15 @@ class _Splicing:
                 flagged = f.op("And", flagged, ENABLED, name="flagged")
         if treatment.redistribution is not Redistribution.BENIGN:
             benign = None
-        result = self.redistributed(f, site, treatment, whole, flagged, benign)
-        result = self.requantized(f, site, result)
-        nodes += f.nodes()
-        self.edits += [AddNode(before, node) for node in nodes]
-        self.edits += [RewireInput(u.node, u.slot, site.probabilities, result) for u in site.uses]
+        if self.options.strategy is Strategy.RERUN:
+            self.edits += [AddNode(before, node) for node in (*nodes, *f.nodes())]
+        else:
+            result = self.redistributed(f, site, treatment, whole, flagged, benign)
+            result = self.requantized(f, site, result)
+            nodes += f.nodes()
+            self.edits += [AddNode(before, node) for node in nodes]
+            uses = site.uses
+            self.edits += [RewireInput(u.node, u.slot, site.probabilities, result) for u in uses]
         if self.options.telemetry:
             shape: list[str | int | None] = [f"{prefix}/N", f"{prefix}/H", 1, f"{prefix}/K"]
             value = helper.make_tensor_value_info(flagged, TensorProto.BOOL, shape)
@@ -185,6 +196,25 @@ class _Splicing:
             self.strategy(site).value,
             treatment.effective_threshold,
         )
+
+    def rerun(self, sites: tuple[Site, ...], outcomes: list[Outcome]) -> list[Outcome]:
+        """Add the second run; the outcomes, with the sites that are pruned in it."""
+        flagged = {o.site: o.flagged for o in outcomes if isinstance(o, Patched)}
+        if not flagged:
+            return outcomes
+        plan = plan_rerun(self.view, sites, [site for site in sites if site.name in flagged])
+        if isinstance(plan, str):
+            raise RefusedError(f"--strategy rerun: {plan}: choose guard or select")
+        mode = next(t.redistribution for t in self.options.treatments.values())
+        edits, union = add_rerun(self.view, self.constants, plan, list(flagged.values()), mode)
+        self.edits += edits
+        pruned = {site.name for site in plan.sites} - set(flagged)
+        return [
+            Patched(o.site, union, mode.value, Strategy.RERUN.value, None)
+            if o.site in pruned
+            else o
+            for o in outcomes
+        ]
 
     def redistributed(
         self,
@@ -204,10 +234,7 @@ class _Splicing:
             new = redistribute(
                 g, whole, flagged, sample, benign, treatment.redistribution, site.elem_type
             )
-            if site.rank == 4:
-                return new
-            original = g.op("Shape", site.probabilities, name="original_shape")
-            return g.op("Reshape", new, original, name="probabilities_as_before")
+            return as_before(g, site, new)
 
         if self.strategy(site) is Strategy.SELECT:
             return inside(f)
@@ -244,6 +271,8 @@ class _Splicing:
         neighbouring nodes; the edge of an `If` would bring one back, and with it other bits. (And
         an `If` cannot return bfloat16 before opset 16.)
         """
+        if self.options.strategy is Strategy.RERUN:
+            return Strategy.RERUN
         wide = site.elem_type in (TensorProto.FLOAT, TensorProto.DOUBLE)
         return self.options.strategy if wide else Strategy.SELECT
 

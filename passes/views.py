@@ -28,3 +28,11 @@ def view_4d(f: Fragment, site: Site) -> str:
         tail = f.slice(shape, 2, 5, 0, "heads_queries_keys")
         target = f.op("Concat", f.ints(-1), tail, name="map_shape", axis=0)
     return f.op("Reshape", value, target, name="map")
+
+
+def as_before(f: Fragment, site: Site, whole: str) -> str:
+    """What was viewed as `[B, H, Q, K]` in the shape of the site's probabilities."""
+    if site.rank == 4:
+        return whole
+    original = f.op("Shape", site.probabilities, name="original_shape")
+    return f.op("Reshape", whole, original, name="probabilities_as_before")

@@ -251,7 +251,7 @@ def victim(
     monkeypatch.setattr(efficacy, "measure", measure)
 
     def again(budget: float = 600.0) -> list[str]:
-        efficacy.measured(folder, tmp_path, Settings(budget, "cpu", 1))
+        efficacy.measured(folder, tmp_path, Settings(1000, budget, "cpu", 1))
         return done
 
     return again
@@ -290,10 +290,10 @@ def test_the_quick_table_on_one_case(
         "contrastive, sites auto",
         "zscore",
         "map-cnn",
-        "prune",
-        "uniform",
+        "in flow, benign",
+        "in flow, prune",
         "random columns",
-        "no rescale",
+        "in flow, no rescale",
         "oracle",
         "oracle, prune",
         "fine-pruning",

@@ -75,7 +75,8 @@ def test_the_one_site_that_matters_is_chosen_and_the_plan_says_why(
 ) -> None:
     fix = host.with_name("fix.atpatch") if patch_only else None
     bad = data(60, 1, True)
-    report = atpatch_onnx.patch(host, fitted, sites="auto", debug=bad, patch_only=fix)
+    how = {"strategy": "guard", "patch_only": fix}
+    report = atpatch_onnx.patch(host, fitted, sites="auto", debug=bad, **how)
     assert report.search is not None
     assert report.plan is not None
     names = report.search.tests[0][0]
@@ -88,7 +89,7 @@ def test_the_one_site_that_matters_is_chosen_and_the_plan_says_why(
     assert "delta debugging on 60 bad inputs" in report.plan.read_text()
     if not patch_only:
         again = host.with_name("again.onnx")
-        atpatch_onnx.patch(host, fitted, plan=report.plan, output=again)
+        atpatch_onnx.patch(host, fitted, plan=report.plan, strategy="guard", output=again)
         assert again.read_bytes() == report.output.read_bytes()
 
 

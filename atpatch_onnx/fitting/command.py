@@ -33,6 +33,7 @@ from .job import Job, Trained
 from .labelling import moved_columns
 from .map_cnn import fit_map_cnn
 from .scores import Recall, Scorer, recall_of
+from .trial import recommended_strategy
 from .zscore import fit_zscore
 
 KINDS = ("zscore", "contrastive", "map-cnn", "columns")
@@ -122,7 +123,9 @@ def fit(
     record = _record(job, clean, bad) | trained.record
     record["calibration"] = None if calibration is None else asdict(calibration)
     record["recall"] = None if recall is None else asdict(recall)
-    detector = _with_metadata(trained, job, kind, threshold, record)
+    # Columns that are always flagged would always be run twice.
+    strategy = None if kind == "columns" else recommended_strategy(job, trained, clean)
+    detector = _with_metadata(trained, job, kind, threshold, strategy, record)
     write_file(target, detector.SerializeToString())
     names = tuple(site.name for site in trained.sites)
     return FitReport(target, kind, provider, names, calibration, recall)
@@ -189,7 +192,12 @@ def _record(job: Job, clean: Samples, bad: DebuggingSet | None) -> dict[str, obj
 
 
 def _with_metadata(
-    trained: Trained, job: Job, kind: str, threshold: float, record: dict[str, object]
+    trained: Trained,
+    job: Job,
+    kind: str,
+    threshold: float,
+    strategy: str | None,
+    record: dict[str, object],
 ) -> ModelProto:
     helper.set_model_props(
         trained.model,
@@ -201,6 +209,7 @@ def _with_metadata(
             "atpatch.sites": json.dumps([site.name for site in trained.sites]),
             "atpatch.host.sha256": job.model.sha256,
             "atpatch.training": json.dumps(record),
+            **({} if strategy is None else {"atpatch.strategy": strategy}),
         },
     )
     return trained.model

@@ -21,12 +21,14 @@ from .labelling import over_attended
 from .scores import Scorer
 from .statistics import FeatureReader, Whitening
 
-TAIL = 0.99
-"""A logit at this quantile of the largest of clean inputs counts as 1, the median one as 0."""
-LEAST = 1.0
-"""Least distance between the two, in logits: nets are flat where everything is normal."""
-USEFUL = 0.2
-"""Least share of a site's anomalous columns above that quantile."""
+TAIL, END = 0.9, 0.99
+"""The tail of a site's largest logits of clean inputs begins at the first quantile, which counts as
+0, and its mean length beyond, as of an exponential distribution, counts as 1. The second is where
+bad columns should be above."""
+LEAST = 0.05
+"""Least length of a tail, in logits: nets are flat where everything is normal."""
+USEFUL = 0.75
+"""A site is kept if this share of what the best site finds of its bad columns is found there."""
 
 
 def level(
@@ -44,18 +46,24 @@ def level(
     neutral = Levels(np.zeros(len(every), np.float32), np.ones(len(every), np.float32))
     scorer = Scorer(job, build(neutral, every))
     largest = np.stack([logits(v) for v in scorer.largest_by_site(clean).values()])  # [S, N]
-    middle = np.median(largest, axis=1)
-    spread = np.maximum(np.quantile(largest, TAIL, axis=1) - middle, LEAST)
+    start = np.quantile(largest, TAIL, axis=1)
+    length = np.array([_excess(site, s) for site, s in zip(largest, start, strict=True)])
+    end = np.quantile(largest, END, axis=1)
     found = _anomalous_logits(job, whitening, scorer, bad)
-    above = np.array(
-        [
-            float(((logit - m) / s > 1).mean()) if len(logit) else 0.0
-            for logit, m, s in zip(found, middle, spread, strict=True)
-        ]
-    )
-    kept = np.flatnonzero(above >= min(USEFUL, above.max()))
-    levels = Levels(middle.astype(np.float32)[kept], (1 / spread).astype(np.float32)[kept])
+    above = np.array([_share_above(logit, e) for logit, e in zip(found, end, strict=True)])
+    kept = np.flatnonzero(above >= USEFUL * above.max())
+    levels = Levels(start.astype(np.float32)[kept], (1 / length).astype(np.float32)[kept])
     return build(levels, kept), kept
+
+
+def _excess(largest: NDArray[np.float64], start: float) -> float:
+    """The mean of what lies beyond `start`."""
+    beyond = largest[largest > start] - start
+    return max(float(beyond.mean()) if len(beyond) else 0.0, LEAST)
+
+
+def _share_above(logits_of_bad: NDArray[np.float64], end: float) -> float:
+    return float((logits_of_bad > end).mean()) if len(logits_of_bad) else 0.0
 
 
 def logits(anomaly: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -176,7 +176,8 @@ class Whitening:
 
     spread: the distance from the mean that one clean input in a hundred reaches in any column.
 
-    buckets: whether the positions P are buckets; heads, keys: of each site.
+    buckets: whether the positions P are buckets; heads, keys: of each site; windowed: whether a
+        sample has several maps.
     """
 
     features: tuple[str, ...]
@@ -186,6 +187,7 @@ class Whitening:
     heads: dict[str, int]
     keys: dict[str, int]
     buckets: bool
+    windowed: bool
 
     @property
     def positions(self) -> str:
@@ -243,8 +245,10 @@ def _standardised(reader: FeatureReader, samples: Samples) -> Whitening:
     """What is normal, with standard deviations as spreads."""
     names = reader.features
     known: dict[str, SiteStatistics] = {}
+    windowed = False
     for values in reader.over(samples):
         for site, found in values.items():
+            windowed |= found.windows > 1
             if site not in known:
                 known[site] = SiteStatistics.empty(len(names), *found.columns.shape[1:])
             known[site].add(found)
@@ -259,6 +263,7 @@ def _standardised(reader: FeatureReader, samples: Samples) -> Whitening:
         {name: site.heads for name, site in known.items()},
         {name: site.keys for name, site in known.items()},
         buckets,
+        windowed,
     )
 
 

@@ -1,0 +1,141 @@
+"""Decide first, then run again: flagged samples answer as if the columns had never been seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx.parser
+import pytest
+from onnx import ModelProto
+
+from atpatch_onnx.detector import Detector
+from atpatch_onnx.errors import RefusedError
+from atpatch_onnx.model_file import ModelFile
+from atpatch_onnx.passes.graph_view import GraphView
+from atpatch_onnx.passes.locate import locate
+from atpatch_onnx.passes.redistribute import Redistribution
+from atpatch_onnx.passes.rerun import plan_rerun
+from atpatch_onnx.passes.splice import Splice, Strategy, Treatment
+from atpatch_onnx.patching import Patch, apply, revert
+
+from hosts import Floats, model_file, run, spliced
+
+LENGTH, WIDTH = 5, 3
+
+
+def host(tail: str = "", outputs: str = "float[N, 2] logits") -> ModelProto:
+    """Two sites in a row and a head on the first token: `[N, 5, 3]` -> `[N, 2]`."""
+    return onnx.parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["" : 17]>
+        host (float[N, 5, 3] x) => ({outputs})
+        <float[3, 2] head = {{1, 0, 0, 1, 1, 1}}, int64 zero = {{0}}>
+        {{
+            t = Transpose <perm = [0, 2, 1]> (x)
+            s0 = MatMul (x, t)
+            p0 = Softmax <axis = -1> (s0)
+            c0 = MatMul (p0, x)
+            h = Add (x, c0)
+            u = Transpose <perm = [0, 2, 1]> (h)
+            s1 = MatMul (h, u)
+            p1 = Softmax <axis = -1> (s1)
+            c1 = MatMul (p1, h)
+            g = Add (h, c1)
+            cls = Gather <axis = 1> (g, zero)
+            {tail}
+            logits = MatMul (cls, head)
+        }}
+    """)
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    exp = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return exp / exp.sum(axis=-1, keepdims=True)
+
+
+def reference(x: np.ndarray, pruned: np.ndarray) -> np.ndarray:
+    """The host in float64, with the columns `[N, 5]` hidden from every query."""
+    h = x.astype(np.float64)
+    for _ in range(2):
+        scores = np.where(pruned[:, None], -np.inf, h @ h.transpose(0, 2, 1))
+        h = h + softmax(scores) @ h
+    return h[:, 0] @ np.array([[1, 0], [0, 1], [1, 1]])
+
+
+def data(count: int, loud: list[int]) -> Floats:
+    rng = np.random.default_rng(0)
+    x = rng.random((count, LENGTH, WIDTH), np.float32)
+    x[loud, 3] = 3.0
+    return {"x": x}
+
+
+def mean_column() -> ModelProto:
+    """The mean of a column over queries."""
+    return onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        det (float[B, H, Q, K] attention) => (float[B, 1, 1, K] anomaly)
+        { anomaly = ReduceMean <axes = [1, 2]> (attention) }
+    """)
+
+
+def splice(file: ModelFile, sites: list[int], threshold: float = 0.6) -> Splice:
+    found = locate(file.skeleton).sites
+    detector = Detector(Path("det.onnx"), mean_column(), "", "", threshold, (), None, {})
+    chosen = {found[i].name: Treatment(Redistribution.PRUNE, detector) for i in sites}
+    return Splice(chosen, Strategy.RERUN)
+
+
+@pytest.mark.parametrize("sites", [[0], [0, 1]])
+def test_flagged_samples_answer_as_if_the_column_had_never_been_seen(sites: list[int]) -> None:
+    """Also where only one site has a detector: what it flags is pruned at both."""
+    file, loud = model_file(host()), [1, 4]
+    rewritten, result = spliced(file, splice(file, sites))
+    feeds = data(6, loud)
+    before, after = run(file, feeds)["logits"], run(rewritten, feeds)["logits"]
+    pruned = np.zeros((6, LENGTH), bool)
+    pruned[loud, 3] = True
+    np.testing.assert_allclose(after[loud], reference(feeds["x"], pruned)[loud], atol=1e-5)
+    others = [0, 2, 3, 5]
+    np.testing.assert_array_equal(after[others], before[others])
+    assert [outcome.site for outcome in result.patched] == [
+        site.name for site in locate(file.skeleton).sites
+    ]
+
+
+def test_nothing_flagged_gives_the_same_bits_and_the_patch_comes_off() -> None:
+    file = model_file(host())
+    rewritten, _ = spliced(file, splice(file, [0, 1], threshold=1.0))
+    feeds = data(4, [2])
+    np.testing.assert_array_equal(run(rewritten, feeds)["logits"], run(file, feeds)["logits"])
+    patched = ModelFile.from_bytes(rewritten.content(), file.path)
+    assert revert(patched).content() == file.buffer
+
+
+def test_what_cannot_be_run_again_says_why() -> None:
+    both = "float[N, 2] logits, float[N, 5, 3] "
+    cases = {
+        "made by a site itself": host(outputs=f"{both} c0"),
+        "an output that does not lie behind": host(outputs=f"{both} h"),
+    }
+    for words, model in cases.items():
+        file = model_file(model)
+        view = GraphView.of(file.skeleton)
+        sites = locate(file.skeleton).sites
+        assert words in str(plan_rerun(view, sites, sites))
+        with pytest.raises(RefusedError, match=words):
+            splice(file, [0, 1])(view, sites)
+
+
+def test_every_node_behind_the_first_site_is_copied_once_and_no_other() -> None:
+    file = model_file(host())
+    view = GraphView.of(file.skeleton)
+    sites = locate(file.skeleton).sites
+    plan = plan_rerun(view, sites, sites)
+    assert not isinstance(plan, str)
+    copied = [view.nodes[index].output[0] for index in plan.nodes]
+    assert copied == ["c0", "h", "u", "s1", "p1", "c1", "g", "cls"]
+    assert list(plan.ends) == ["cls"]
+    edits = splice(file, [0, 1])(view, sites).edits
+    rewritten = apply(file, Patch(file.sha256, edits))
+    added = len(rewritten.content()) - file.size
+    assert added < 12_000
