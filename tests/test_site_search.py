@@ -75,8 +75,9 @@ def test_the_one_site_that_matters_is_chosen_and_the_plan_says_why(
 ) -> None:
     fix = host.with_name("fix.atpatch") if patch_only else None
     bad = data(60, 1, True)
-    how = {"strategy": "guard", "patch_only": fix}
-    report = atpatch_onnx.patch(host, fitted, sites="auto", debug=bad, **how)
+    report = atpatch_onnx.patch(
+        host, fitted, sites="auto", debug=bad, strategy="guard", patch_only=fix
+    )
     assert report.search is not None
     assert report.plan is not None
     names = report.search.tests[0][0]

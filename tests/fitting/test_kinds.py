@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -190,7 +191,7 @@ def test_inputs_that_over_attend_nothing_are_refused(host: Path, tmp_path: Path)
     ],
 )
 def test_a_faulty_debugging_set_is_one_sentence(
-    changes: Arrays, options: dict[str, str], message: str, host: Path, tmp_path: Path
+    changes: Arrays, options: dict[str, Any], message: str, host: Path, tmp_path: Path
 ) -> None:
     debug = {**debugging_set("unmarked"), **changes}
     with pytest.raises(InputError, match=message):

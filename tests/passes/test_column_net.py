@@ -55,7 +55,7 @@ def dense(rng: np.random.Generator, into: int, out: int) -> Dense:
 
 def anomaly(raw: np.ndarray, layer: int) -> np.ndarray:
     logits = (raw - LEVELS.middle[layer]) * LEVELS.gain[layer]
-    return (1 + logits / (1 + np.abs(logits))) / 2
+    return np.asarray((1 + logits / (1 + np.abs(logits))) / 2)
 
 
 def features(p: np.ndarray) -> np.ndarray:
@@ -63,7 +63,7 @@ def features(p: np.ndarray) -> np.ndarray:
     rows = [columns.mean(1), columns.max(1), p[:, :, 0].mean(1), p[:, :, -1].mean(1)]
     rows += [columns.min(1), p[:, :, 0].max(1), p[:, :, 0].min(1)]
     rows += [p[:, :, -1].max(1), p[:, :, -1].min(1), p.max(2).mean(1), p.min(2).mean(1)]
-    return np.log(np.stack(rows, 1) * np.sqrt(KEYS))
+    return np.asarray(np.log(np.stack(rows, 1) * np.sqrt(KEYS)))
 
 
 @pytest.mark.parametrize("opset", [10, 13, 18, 23])

@@ -50,7 +50,7 @@ def host(tail: str = "", outputs: str = "float[N, 2] logits") -> ModelProto:
 
 def softmax(scores: np.ndarray) -> np.ndarray:
     exp = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return exp / exp.sum(axis=-1, keepdims=True)
+    return np.asarray(exp / exp.sum(axis=-1, keepdims=True))
 
 
 def reference(x: np.ndarray, pruned: np.ndarray) -> np.ndarray:
@@ -59,7 +59,7 @@ def reference(x: np.ndarray, pruned: np.ndarray) -> np.ndarray:
     for _ in range(2):
         scores = np.where(pruned[:, None], -np.inf, h @ h.transpose(0, 2, 1))
         h = h + softmax(scores) @ h
-    return h[:, 0] @ np.array([[1, 0], [0, 1], [1, 1]])
+    return np.asarray(h[:, 0] @ np.array([[1, 0], [0, 1], [1, 1]]))
 
 
 def data(count: int, loud: list[int]) -> Floats:
