@@ -148,7 +148,9 @@ def patch(
         raise RefusedError(_nothing_patched(file, found, result))
     search = None
     if debug is not None:
-        candidates = [outcome.site for outcome in result.patched]
+        # Sites that are only pruned in a second run are not to be chosen from.
+        rerun = how is Strategy.RERUN
+        candidates = [o.site for o in result.patched if not rerun or o.threshold is not None]
         search = _search(file, view, found, splice, candidates, debug, provider, progress)
         splice = _at(splice, search.chosen)
         result = splice(view, found.sites)

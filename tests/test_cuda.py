@@ -25,7 +25,7 @@ def _needs_cuda() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float", "float16"])
-@pytest.mark.parametrize("strategy", list(Strategy))
+@pytest.mark.parametrize("strategy", [Strategy.GUARD, Strategy.SELECT])
 def test_nothing_flagged_changes_nothing(strategy: Strategy, dtype: str, tmp_path: Path) -> None:
     onnx.save(detector(COLUMN_MEAN, threshold=1.0), tmp_path / "det.onnx")
     never = load_detector(tmp_path / "det.onnx", 17)
