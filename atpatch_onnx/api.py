@@ -19,9 +19,7 @@ from .model_file import ModelFile
 from .passes.graph_view import GraphView
 from .passes.locate import Other, Sites, locate
 from .passes.outcome import Outcome, PassResult, Skipped
-from .passes.redistribute import Redistribution
-from .passes.rerun import Plan, plan_rerun
-from .passes.splice import Splice, Strategy, Treatment
+from .passes.splice import Splice, Strategy
 from .patch_file import load_patch, save_patch
 from .patching import Patch, Rewritten, about_edit, base_sha256, check_order, record_keys
 from .patching import apply as apply_edits
@@ -31,6 +29,7 @@ from .progress import SILENT, Progress, Tick
 from .rehearsal import rehearse
 from .runtime import Array, Session, choose_provider
 from .site_search import SiteSearch, search_sites
+from .strategies import choose_strategy, pruning
 from .treatments import Options, check_bindings, choose_treatments
 
 PathLike = str | Path
@@ -139,9 +138,9 @@ def patch(
     detectors = {t.detector.sha256: t.detector for t in treatments.values() if t.detector}
     check_bindings(bind or {}, detectors.values())
     provider = choose_provider(ep)
-    how = _strategy(strategy, provider, file.sha256, view, found, treatments, redistribute)
+    how = choose_strategy(strategy, provider, file.sha256, view, found, treatments, redistribute)
     if how is Strategy.RERUN:
-        treatments = _pruning(treatments, redistribute)
+        treatments = pruning(treatments, redistribute)
     splice = Splice(treatments, how, telemetry, toggle, bind or {})
     result = splice(view, found.sites)
     if not result.patched:
@@ -289,43 +288,6 @@ def _is_plan(path: Path, file: ModelFile) -> bool:
         return path.is_file() and bool(read_plan(path, file.sha256))
     except AtpatchError:
         return False
-
-
-def _strategy(
-    wanted: str | None,
-    provider: str,
-    sha256: str,
-    view: GraphView,
-    found: Sites,
-    treatments: Mapping[str, Treatment],
-    redistribute: str | None,
-) -> Strategy:
-    """What is asked for; else what the detectors ask for; else `select` for CUDA, where an `If` at
-    each site costs a synchronisation, and `guard` for CPU."""
-    if wanted is not None:
-        try:
-            return Strategy(wanted)
-        except ValueError:
-            raise InputError(f"--strategy {wanted}: choose guard, select or rerun") from None
-    detectors = [treatment.detector for treatment in treatments.values()]
-    # A detector has tried what it asks for, on the model that it was fitted for.
-    asked = {d.strategy if d is not None and d.host_sha256 == sha256 else None for d in detectors}
-    if asked == {Strategy.RERUN.value} and redistribute in (None, Redistribution.PRUNE.value):
-        detecting = [site for site in found.sites if site.name in treatments]
-        if isinstance(plan_rerun(view, found.sites, detecting), Plan):
-            return Strategy.RERUN
-    return Strategy.SELECT if provider == "cuda" else Strategy.GUARD
-
-
-def _pruning(treatments: Mapping[str, Treatment], redistribute: str | None) -> dict[str, Treatment]:
-    """The treatments of a second run. Raises: InputError for a benign attention."""
-    if redistribute == Redistribution.BENIGN.value:
-        raise InputError(
-            "--strategy rerun prunes the flagged columns at every site, also where the detector "
-            "knows no benign attention: choose --redistribute prune or uniform, or --strategy guard"
-        )
-    mode = Redistribution(redistribute or Redistribution.PRUNE)
-    return {name: replace(each, redistribution=mode) for name, each in treatments.items()}
 
 
 def _nothing_patched(file: ModelFile, found: Sites, result: PassResult) -> str:

@@ -24,8 +24,8 @@ MOST_INPUTS = 256
 TOLERANCE = 0.01
 """How much worse than with all sites a smaller set may be, as a share of the debugging set."""
 HEALED = 0.75
-"""With all sites patched, at most this share of the badness may be left: a search finds weak triggers
-that a detector misses, and some inputs are answered wrongly whatever is in them."""
+"""With all sites patched, at most this share of the badness may be left: a search finds weak
+triggers too, which a detector misses, and some inputs are answered wrongly whatever is in them."""
 
 Patched = Callable[[Sequence[str]], ModelFile]
 """The model with a patch at the sites of those names."""

@@ -44,7 +44,7 @@ def test_the_wheel_holds_one_package(tmp_path: Path) -> None:
         "atpatch_onnx",
         wheel.name.split("-py3")[0] + ".dist-info",
     }
-    modules = {f"atpatch_onnx/{p.name}" for p in (ROOT / "atpatch_onnx").glob("*.py")}
+    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "atpatch_onnx").rglob("*.py")}
     for folder in ("passes", "models"):
         modules |= {f"atpatch_onnx/{folder}/{p.name}" for p in (ROOT / folder).glob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules

@@ -1,0 +1,55 @@
+"""How a patch is spliced in: what is asked for, else what detectors ask for, else what is fast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from .errors import InputError
+from .passes.graph_view import GraphView
+from .passes.locate import Sites
+from .passes.redistribute import Redistribution
+from .passes.rerun import Plan, plan_rerun
+from .passes.splice import Strategy, Treatment
+
+
+def choose_strategy(
+    wanted: str | None,
+    provider: str,
+    sha256: str,
+    view: GraphView,
+    found: Sites,
+    treatments: Mapping[str, Treatment],
+    redistribute: str | None,
+) -> Strategy:
+    """What is asked for; else what the detectors ask for; else `select` for CUDA, where an `If` at
+    each site costs a synchronisation, and `guard` for CPU."""
+    if wanted is not None:
+        try:
+            return Strategy(wanted)
+        except ValueError:
+            raise InputError(f"--strategy {wanted}: choose guard, select or rerun") from None
+    detectors = [treatment.detector for treatment in treatments.values()]
+    # A detector has tried what it asks for, on the model that it was fitted for.
+    asked = {d.strategy if d is not None and d.host_sha256 == sha256 else None for d in detectors}
+    if asked == {Strategy.RERUN.value} and redistribute in (None, Redistribution.PRUNE.value):
+        detecting = [
+            site
+            for site in found.sites
+            if (t := treatments.get(site.name)) and t.detector is not None
+            if t.detector.layer_of(site.name, site.index) is not None
+        ]
+        if isinstance(plan_rerun(view, found.sites, detecting), Plan):
+            return Strategy.RERUN
+    return Strategy.SELECT if provider == "cuda" else Strategy.GUARD
+
+
+def pruning(treatments: Mapping[str, Treatment], redistribute: str | None) -> dict[str, Treatment]:
+    """The treatments of a second run. Raises: InputError for a benign attention."""
+    if redistribute == Redistribution.BENIGN.value:
+        raise InputError(
+            "--strategy rerun prunes the flagged columns at every site, also where the detector "
+            "knows no benign attention: choose --redistribute prune or uniform, or --strategy guard"
+        )
+    mode = Redistribution(redistribute or Redistribution.PRUNE)
+    return {name: replace(each, redistribution=mode) for name, each in treatments.items()}
