@@ -26,7 +26,7 @@ from .labelling import over_attended
 from .levels import level
 from .statistics import FeatureReader, Whitening, whiten
 
-MAP_BYTES = 256 << 20
+MAP_BYTES = 64 << 20
 """How many bytes of maps training may hold."""
 VALIDATION = 0.2
 
