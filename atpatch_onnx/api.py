@@ -19,9 +19,18 @@ from .model_file import ModelFile
 from .passes.graph_view import GraphView
 from .passes.locate import Other, Sites, locate
 from .passes.outcome import Outcome, PassResult, Skipped
+from .passes.rerun import PREFIX as RERUN
 from .passes.splice import Splice, Strategy
 from .patch_file import load_patch, save_patch
-from .patching import Patch, Rewritten, about_edit, base_sha256, check_order, record_keys
+from .patching import (
+    Patch,
+    Rewritten,
+    about_edit,
+    about_patches,
+    base_sha256,
+    check_order,
+    record_keys,
+)
 from .patching import apply as apply_edits
 from .patching import revert as revert_file
 from .plan import read_plan, write_plan
@@ -138,45 +147,46 @@ def patch(
     detectors = {t.detector.sha256: t.detector for t in treatments.values() if t.detector}
     check_bindings(bind or {}, detectors.values())
     provider = choose_provider(ep)
-    how = choose_strategy(strategy, provider, file.sha256, view, found, treatments, redistribute)
+    asked = {redistribute, *(entry.redistribute for entry in plans if entry.patch)} - {None}
+    how = choose_strategy(strategy, provider, file.sha256, view, found, treatments, asked)
     if how is Strategy.RERUN:
-        treatments = pruning(treatments, redistribute)
+        treatments = pruning(treatments, asked)
     splice = Splice(treatments, how, telemetry, toggle, bind or {})
     result = splice(view, found.sites)
     if not result.patched:
         raise RefusedError(_nothing_patched(file, found, result))
-    search = None
-    if debug is not None:
-        # Sites that are only pruned in a second run are not to be chosen from.
-        rerun = how is Strategy.RERUN
-        candidates = [o.site for o in result.patched if not rerun or o.threshold is not None]
-        search = _search(file, view, found, splice, candidates, debug, provider, progress)
-        splice = _at(splice, search.chosen)
-        result = splice(view, found.sites)
     for one in detectors.values():
         users = {name for name, treatment in treatments.items() if treatment.detector is one}
         rehearse(one, [site for site in found.sites if site.name in users])
-    about = about_edit(file, _about(result, detectors.values()))
-    edits = Patch(file.sha256, (*result.edits, about))
     protected = [d.path for d in detectors.values()] + ([plan] if plan else [])
+    protected += [Path(debug)] if isinstance(debug, str | Path) else []
     target = file.path.with_suffix(".patched.onnx") if output is None else Path(output)
     target = target if patch_only is None else Path(patch_only)
-    written = None
-    if search is not None:
-        written = target.with_suffix(".plan.toml")
+    search, written = None, target.with_suffix(".plan.toml")
+    if debug is not None:
         check_output(written, [file.path, *protected], force=force, ours=_is_plan(written, file))
+        # Sites that are only pruned in a second run are not to be chosen from.
+        candidates = [o.site for o in result.patched if not o.flagged.startswith(RERUN)]
+        search = _search(file, view, found, splice, candidates, debug, provider, progress)
+        splice = _at(splice, search.chosen)
+        result = splice(view, found.sites)
+    about = about_edit(file, _about(result, detectors.values()))
+    edits = Patch(file.sha256, (*result.edits, about))
     if patch_only is not None:
         report = _write_patch(file, edits, target, protected, force)
     else:
         hashing = _hashing(file, digests, progress)
         report = _write_model(apply_edits(file, edits), target, protected, hashing, force)
-    if search is not None and written is not None:
-        text = write_plan(found, file.path, file.sha256, search.chosen, search.notes())
+    if search is not None:
+        chosen = {name: treatments[name] for name in search.chosen}
+        text = write_plan(
+            found, file.path, file.sha256, chosen, [f"strategy: {how}", *search.notes()]
+        )
         write_file(written, text.encode())
     return replace(
         report,
         search=search,
-        plan=written,
+        plan=None if search is None else written,
         outcomes=result.outcomes,
         refused=found.refused,
         warnings=tuple(_warnings(file, detectors.values())),
@@ -291,6 +301,12 @@ def _is_plan(path: Path, file: ModelFile) -> bool:
 
 
 def _nothing_patched(file: ModelFile, found: Sites, result: PassResult) -> str:
+    earlier = [site for about in about_patches(file) for site in about["sites"]]
+    if any(site.get("strategy") == Strategy.RERUN.value for site in earlier):
+        return (
+            f"{file.path} carries a patch that runs the model again, which another one cannot be "
+            "put on top of: revert it, and patch the original with both"
+        )
     if found.sites:
         reasons = sorted({o.reason for o in result.outcomes if isinstance(o, Skipped)})
         return (

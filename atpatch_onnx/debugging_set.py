@@ -89,7 +89,8 @@ def load_debugging_set(
     data: str | Path | Mapping[str, Array], inputs: Sequence[InputSpec]
 ) -> DebuggingSet:
     """Read a debugging set for a model with `inputs`. Raises: InputError."""
-    arrays = dict(data) if isinstance(data, Mapping) else load_arrays(data)
+    given = data if isinstance(data, Mapping) else load_arrays(data)
+    arrays = {name: np.asarray(value) for name, value in given.items()}
     source = "the debugging set" if isinstance(data, Mapping) else str(data)
     bad = samples_from(arrays, inputs, source)
     twins = {k.removeprefix(CLEAN): v for k, v in arrays.items() if k.startswith(CLEAN)}

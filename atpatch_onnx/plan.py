@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from .errors import InputError, RefusedError, reason
 from .passes.locate import Site, Sites
+from .passes.splice import Treatment
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ def write_plan(
     sites: Sites,
     model: Path,
     sha256: str,
-    chosen: Collection[str] | None = None,
+    chosen: Mapping[str, Treatment] | None = None,
     notes: Iterable[str] = (),
 ) -> str:
-    """The text of a plan that patches every site, or those chosen, with all that can be set shown.
+    """The text of a plan that patches every site, or those chosen as they are treated.
 
     notes: what is to be known of it, as comments.
     """
@@ -62,6 +63,13 @@ def write_plan(
         table.add("name", site.name)
         table["name"].comment(_described(site))
         table.add("patch", chosen is None or site.name in chosen)
+        if chosen is not None and site.name in chosen:
+            treatment = chosen[site.name]
+            table.add("redistribute", treatment.redistribution.value)
+            if treatment.columns:
+                table.add("columns", list(treatment.columns))
+            elif treatment.effective_threshold is not None:
+                table.add("threshold", treatment.effective_threshold)
         listed.append(table)
     document.add("site", listed)
     for other in sites.refused:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from .errors import InputError
@@ -20,7 +21,7 @@ def choose_strategy(
     view: GraphView,
     found: Sites,
     treatments: Mapping[str, Treatment],
-    redistribute: str | None,
+    modes: AbstractSet[str | None],
 ) -> Strategy:
     """What is asked for; else what the detectors ask for; else `select` for CUDA, where an `If` at
     each site costs a synchronisation, and `guard` for CPU."""
@@ -32,7 +33,7 @@ def choose_strategy(
     detectors = [treatment.detector for treatment in treatments.values()]
     # A detector has tried what it asks for, on the model that it was fitted for.
     asked = {d.strategy if d is not None and d.host_sha256 == sha256 else None for d in detectors}
-    if asked == {Strategy.RERUN.value} and redistribute in (None, Redistribution.PRUNE.value):
+    if asked == {Strategy.RERUN.value} and modes <= {Redistribution.PRUNE.value}:
         detecting = [
             site
             for site in found.sites
@@ -44,12 +45,18 @@ def choose_strategy(
     return Strategy.SELECT if provider == "cuda" else Strategy.GUARD
 
 
-def pruning(treatments: Mapping[str, Treatment], redistribute: str | None) -> dict[str, Treatment]:
-    """The treatments of a second run. Raises: InputError for a benign attention."""
-    if redistribute == Redistribution.BENIGN.value:
+def pruning(
+    treatments: Mapping[str, Treatment], modes: AbstractSet[str | None]
+) -> dict[str, Treatment]:
+    """The treatments of a second run.
+
+    modes: the redistributions that were asked for. Raises: InputError for several, or benign.
+    """
+    if Redistribution.BENIGN.value in modes or len(modes) > 1:
         raise InputError(
-            "--strategy rerun prunes the flagged columns at every site, also where the detector "
-            "knows no benign attention: choose --redistribute prune or uniform, or --strategy guard"
+            "--strategy rerun treats the flagged columns alike at every site, also where the "
+            "detector knows no benign attention: choose --redistribute prune or uniform for all "
+            "sites, or --strategy guard"
         )
-    mode = Redistribution(redistribute or Redistribution.PRUNE)
+    mode = Redistribution(next(iter(modes), None) or Redistribution.PRUNE)
     return {name: replace(each, redistribution=mode) for name, each in treatments.items()}

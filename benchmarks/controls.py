@@ -213,11 +213,9 @@ def table(records: list[dict[str, Any]]) -> Table:
         found.add_row(f"[bold]{record['victim']}, {record['kind']}[/], {learned}")
         for row in record["rows"]:
             rate = row["flagged"]
-            low, high = (_percent(rate[end]) for end in ("low", "high"))
-            share, inputs = _percent(rate["value"]), str(rate["total"])
-            found.add_row(
-                f"  {row['condition']}", share, f"{low} to {high}", inputs, row["verdict"]
-            )
+            share, low, high = (_percent(rate[name]) for name in ("value", "low", "high"))
+            cells = (share, f"{low} to {high}", str(rate["total"]), row["verdict"])
+            found.add_row(f"  {row['condition']}", *cells)
     return found
 
 

@@ -14,6 +14,7 @@ weights. Unfair ones, for each protected attribute: the shipped path (`columns` 
 columns with their clean mean, and a contrastive detector. Clean ones: the scan alone.
 
 Writes `benchmarks/results/efficacy.json`; a run of some of the cases writes into the work folder.
+`--report` measures nothing: it makes the table of all that the work folder holds.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     records: list[Record] = []
     skipped: dict[str, str] = {}
-    for name, seed in _chosen(options):
+    for name, seed in [] if options.report else _chosen(options):
         try:
             folder = build(name, seed, options.victims, options.data, _log)
             records.append(measured(folder, options.work, settings))
@@ -75,6 +76,8 @@ def main() -> None:
         except KeyboardInterrupt:
             _log(f"stopped in {name}-s{seed}: the same command goes on from there")
             sys.exit(130)
+    if options.report:
+        records = [json.loads(path.read_text()) for path in sorted(options.work.glob("*-s?.json"))]
     means, verdicts = averages(records), targets(records)
     document = {
         "machine": machine(settings.ep),
@@ -172,6 +175,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--victims", type=Path, default=VICTIMS, help="folder of the victims")
     parser.add_argument("--data", type=Path, default=DATA, help="images, text and tabular data")
     parser.add_argument("--work", type=Path, default=Path("efficacy-work"))
+    parser.add_argument("--report", action="store_true", help="only what was measured before")
     parser.add_argument("--inputs", type=int, default=1000, help="test inputs that are judged")
     parser.add_argument("--budget", type=float, help="seconds for a scan")
     parser.add_argument("--threads", type=int, default=1, help="of the search and of training")
@@ -179,6 +183,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     everything = not options.quick and options.cases == "*" and options.seeds is None
+    everything |= options.report
     if options.quick:
         options.cases = QUICK if options.cases == "*" else options.cases
         options.seeds = options.seeds or "0"

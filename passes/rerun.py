@@ -29,6 +29,8 @@ from .redistribute import Redistribution, redistribute
 from .views import as_before, view_4d
 
 PREFIX = "atpatch/rerun"
+AGAIN = f"{PREFIX}/again"
+"""Before the names of copied nodes and of what they make."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,12 @@ class Plan:
 
 def plan_rerun(view: GraphView, sites: Sequence[Site], detecting: Sequence[Site]) -> Plan | str:
     """What to run again if a site of `detecting` flags something; or why it cannot be done."""
-    keys = {_keys(site) for site in detecting}
-    if len(keys) != 1 or any(site.facts.cross for site in detecting):
+    if any(site.rank == 5 or (_single(site) and _batch(site) is None) for site in detecting):
+        return "the graph does not say which maps belong to which sample"
+    keys = {_keys(site) for site in detecting} - {None}
+    if len(keys) > 1 or any(site.facts.cross for site in detecting):
         return "the sites with a detector do not all attend to the same keys"
-    pruned = tuple(s for s in sites if _keys(s) in keys and not s.facts.cross)
+    pruned = tuple(s for s in sites if _keys(s) in {None, *keys} and not s.facts.cross)
     changed = _downstream(view, pruned)
     ends: dict[str, list[Use]] = {}
     for output in view.outputs & changed:
@@ -152,7 +156,7 @@ def _then(
     for index in plan.nodes:
         copy = NodeProto()
         copy.CopyFrom(view.nodes[index])
-        copy.name = f"{PREFIX}/{copy.name or index}"
+        copy.name = f"{AGAIN}/{copy.name or index}"
         for slot, name in enumerate(copy.input):
             if (index, slot) not in reads:
                 copy.input[slot] = again.get(name, name)
@@ -167,7 +171,7 @@ def _then(
             copy.input[slot] = pruned[name]
         for slot, name in enumerate(copy.output):
             if name:
-                again[name] = copy.output[slot] = f"{PREFIX}/{name}"
+                again[name] = copy.output[slot] = f"{AGAIN}/{name}"
         nodes.append(copy)
     reshaping = Fragment(f"{PREFIX}/masks", view.opset, constants)
     choosing = Fragment(f"{PREFIX}/ends", view.opset, constants)
@@ -180,10 +184,18 @@ def _then(
     return nodes + reshaping.nodes() + choosing.nodes()
 
 
+def _single(site: Site) -> bool:
+    """Whether a map is `[N, Q, K]` with nothing to say whether heads are among N."""
+    return site.rank == 3 and site.facts.heads is None
+
+
+def _batch(site: Site) -> Dim:
+    return site.facts.shape[0] if site.facts.shape else None
+
+
 def _keys(site: Site) -> Dim:
-    """How many keys a site has, as far as that is known; other symbols count as one."""
-    keys = site.facts.shape[-1] if site.facts.shape else None
-    return keys if isinstance(keys, int) else None
+    """How many keys a site has: a number or a symbol, None where the graph does not say."""
+    return site.facts.shape[-1] if site.facts.shape else None
 
 
 def _downstream(view: GraphView, sites: Sequence[Site]) -> set[str]:
@@ -191,8 +203,9 @@ def _downstream(view: GraphView, sites: Sequence[Site]) -> set[str]:
     queue = [n for s in sites for u in s.uses for n in view.nodes[u.node].output if n]
     found = set(queue)
     for value in queue:
-        for use in view.consumers.get(value, []):
-            new = [n for n in view.nodes[use.node].output if n and n not in found]
+        readers = [view.nodes[use.node] for use in view.consumers.get(value, [])]
+        for node in (*readers, *view.captured.get(value, [])):
+            new = [n for n in node.output if n and n not in found]
             found.update(new)
             queue += new
     return found
@@ -205,7 +218,8 @@ def _upstream(view: GraphView, values: set[str], changed: set[str]) -> set[int]:
         index = view.producers[value]
         if index not in found:
             found.add(index)
-            queue += [name for name in view.nodes[index].input if name in changed]
+            read = {*view.nodes[index].input, *_captured(view.nodes[index])}
+            queue += sorted(read & changed)
     return found
 
 
@@ -226,10 +240,13 @@ def _unfit(view: GraphView, value: str, sites: Sequence[Site]) -> str:
     known = view.types.get(value)
     if known is None or known.shape is None:
         return f"the shape of '{value}', from which an output is made, is not known"
+    maker = view.producer(value)
+    if maker is not None and maker.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        return f"'{value}', from which an output is made, is quantised"
     if known.elem_type not in (TensorProto.FLOAT, TensorProto.DOUBLE):
         # See `Splice.strategy`: the edge of an `If` brings back a rounding, and with it other bits.
         return f"'{value}', from which an output is made, is not float32"
-    batches = {site.facts.shape[0] for site in sites if site.facts.shape and site.rank == 4}
+    batches = {_batch(site) for site in sites if site.rank == 4 or _single(site)}
     batches |= {known.shape[0] if known.shape else 0}
     if len(batches - {None}) > 1:  # where exports do not say, whoever has inputs must try
         return f"the batch of '{value}', from which an output is made, is not that of the maps"

@@ -43,12 +43,17 @@ class Tables:
     def take(self, sites: NDArray[np.int64]) -> Tables:
         """The tables of some of the sites."""
         keys = self.keys if self.buckets else tuple(self.keys[i] for i in sites)
-        benign = None if self.benign is None else self.benign[sites]
         heads = tuple(self.heads[i] for i in sites)
+        # What was padded for a larger site would not fit the maps any more.
+        end = None if self.buckets else max(keys)
+        benign = self.benign
+        if benign is not None:
+            benign = benign[sites][:, : max(heads), ..., :end]
+            benign = benign if benign.ndim == 3 else benign[:, :, :end]
         return replace(
             self,
-            center=self.center[sites],
-            gain=self.gain[sites],
+            center=self.center[sites][..., :end],
+            gain=self.gain[sites][..., :end],
             benign=benign,
             heads=heads,
             keys=keys,

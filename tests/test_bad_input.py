@@ -212,7 +212,7 @@ def test_external_data_is_referenced_where_it_is(shell: Cli) -> None:
         (COLUMNS + " --sites 1", 2, ["'1'", "the model has 1"]),
         (COLUMNS + " --redistribute zero", 2, ["zero", "benign, uniform or prune"]),
         (COLUMNS + " --redistribute benign", 2, ["benign", "prune or uniform"]),
-        (COLUMNS + " --strategy fast", 2, ["fast", "guard or select"]),
+        (COLUMNS + " --strategy fast", 2, ["fast", "guard, select or rerun"]),
         (COLUMNS + " --ep tpu", 2, ["tpu", "cuda or cpu"]),
         (COLUMNS + " --threshold 0.5", 2, ["--threshold", "--detector"]),
         (COLUMNS + " --bind a=x", 2, ["--bind", "a"]),

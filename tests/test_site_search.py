@@ -101,6 +101,12 @@ def test_a_set_that_no_site_heals_is_refused_and_nothing_written(host: Path, fit
     assert sorted(host.parent.iterdir()) == before
 
 
+def test_a_set_that_is_not_bad_for_the_model_proves_nothing(host: Path, fitted: Path) -> None:
+    harmless = {**data(60, 1, False), "target": np.array(1)}
+    with pytest.raises(RefusedError, match="does not heal the debugging set"):
+        atpatch_onnx.patch(host, fitted, sites="auto", debug=harmless)
+
+
 @pytest.mark.parametrize(
     ("sites", "debug", "words"),
     [

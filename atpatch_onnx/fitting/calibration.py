@@ -55,7 +55,7 @@ def calibrate(anomalies: NDArray[np.float64], budget: float, fit_inputs: int) ->
     """
     ordered = np.sort(anomalies)
     n = len(ordered)
-    k = min(round((n + 1) * (1 - budget)), n)
+    k = min(max(round((n + 1) * (1 - budget)), 1), n)
     anomaly = float(ordered[k - 1])
     # Flagged means strictly above, so that the calibrating input itself is not.
     threshold = float(np.nextafter(np.float32(anomaly), np.float32(2)))

@@ -35,7 +35,9 @@ def fit_contrastive(job: Job, clean: Samples, bad: DebuggingSet) -> Trained:
     for some, others in zip(_split(job, clean.count), _split(job, bad.count), strict=True):
         normal = clean_columns(job, reader, whitening, clean.take(some))
         parts.append(Columns.of([normal, bad_columns(job, reader, whitening, bad.take(others))]))
-    check_anomalous(parts)
+    check_anomalous(parts[0])
+    if not parts[1].anomalous.any():  # few bad inputs: better to stop late than by chance
+        parts[1] = parts[0]
     train, valid = ((c.features, c.site, c.anomalous) for c in parts)
     recipe = Recipe()
     net, history = train_column_net(train, valid, len(job.sites), job.seed, recipe)
@@ -65,9 +67,9 @@ def _split(job: Job, count: int) -> tuple[Array, Array]:
     return np.sort(order[last:]), np.sort(order[:last])
 
 
-def check_anomalous(parts: list[Columns]) -> None:
+def check_anomalous(columns: Columns) -> None:
     """Raises: InputError where the bad inputs over-attend nothing."""
-    if not all(part.anomalous.any() for part in parts):
+    if not columns.anomalous.any():
         raise InputError(
             "no column of the debugging set is attended to at least twice as much as in clean "
             "inputs, at any site: what makes these inputs bad does not work through attention, or "

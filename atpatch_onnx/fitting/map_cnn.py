@@ -46,6 +46,8 @@ def fit_map_cnn(job: Job, clean: Samples, bad: DebuggingSet) -> Trained:
             "no column of the debugging set is over-attended at any site: check 'anomalous', or "
             "leave it out"
         )
+    if not any((labels == 1).any() for _, labels in valid):
+        valid = train
     recipe = Recipe()
     net, history = train_map_cnn(train, valid, job.seed, recipe)
     record: dict[str, object] = {"recipe": asdict(recipe), "history": asdict(history)}
@@ -62,13 +64,12 @@ def _maps(
 ) -> tuple[Labelled, Labelled]:
     """Labelled maps to train and to validate on, by shape."""
     reader = FeatureReader(job, BASIC, maps="head_mean")
-    rows: dict[tuple[int, ...], list[tuple[Array, Array]]] = defaultdict(list)
+    rows: dict[tuple[int, ...], list[tuple[Array, Array, Array]]] = defaultdict(list)
     for samples, debug in ((clean, None), (bad.bad, bad)):
         start = held = 0
         for values in reader.over(samples):
             size = next(iter(values.values())).size
             marked = None if debug is None else debug.marked(start, size)
-            start += size
             for site in job.sites:
                 found = values[site.name]
                 assert found.map is not None
@@ -79,22 +80,28 @@ def _maps(
                     labels = np.where(anomalous, 1, np.where(calm, 0, np.nan)).astype(np.float32)
                 count = (found.bucket != HIDDEN).sum(axis=1)[:, None, None]
                 relative = found.map * count.astype(np.float32)
-                rows[relative.shape[1:]].append((relative, labels))
+                sample = np.repeat(np.arange(start, start + size), found.windows)
+                sample = sample if debug is None else -1 - sample
+                rows[relative.shape[1:]].append((relative, labels, sample))
                 held += relative.nbytes
+            start += size
             if held > MAP_BYTES // 2:
                 break
     return _parted(job, rows)
 
 
 def _parted(
-    job: Job, rows: dict[tuple[int, ...], list[tuple[Array, Array]]]
+    job: Job, rows: dict[tuple[int, ...], list[tuple[Array, Array, Array]]]
 ) -> tuple[Labelled, Labelled]:
+    """All maps of a sample go the same way."""
+    samples = np.unique(np.concatenate([part[2] for parts in rows.values() for part in parts]))
+    last = max(1, round(VALIDATION * len(samples)))
+    chosen = job.generator().permutation(samples)[:last]
     train: Labelled = []
     valid: Labelled = []
     for parts in rows.values():
-        maps, labels = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
-        order = job.generator().permutation(len(maps))
-        last = max(1, round(VALIDATION * len(maps)))
-        for target, index in ((train, order[last:]), (valid, order[:last])):
+        maps, labels, sample = (np.concatenate([part[i] for part in parts]) for i in range(3))
+        held = np.isin(sample, chosen)
+        for target, index in ((train, ~held), (valid, held)):
             target.append((maps[index], labels[index]))
     return train, valid

@@ -9,7 +9,6 @@ import numpy as np
 from ..data import Samples
 from ..detector import Detector
 from ..errors import AtpatchError
-from ..model_file import ModelFile
 from ..passes.locate import locate
 from ..passes.redistribute import Redistribution
 from ..passes.splice import Splice, Strategy, Treatment
@@ -17,30 +16,43 @@ from ..patching import Patch, apply
 from ..runtime import Session
 from .job import Job, Trained
 
-SAMPLES = 3
+SAMPLES = 32
+NEVER, ALWAYS = 1.0, 0.0
+"""Thresholds that no anomaly is above, and that some columns of every input are above."""
 
 
 def recommended_strategy(job: Job, trained: Trained, samples: Samples) -> str | None:
     """`rerun` where the model can be run so; None: what suits the execution provider.
 
-    A threshold that flags some columns of every input is tried on a few of them; the outputs must
-    have the shapes of the original's.
+    It is tried on some samples. Where nothing is flagged the outputs must be the original's, bit
+    for bit: a runtime may fuse what lies across the place where the second run comes in. Where
+    everything is, they must have the original's shapes.
     """
     # Windows have columns of their own: what one site flags means nothing to another.
     if trained.whitening.windowed:
         return None
-    names = tuple(site.name for site in trained.sites)
-    detector = Detector(Path("det.onnx"), trained.model, "", "", 0.0, names, None, {})
-    treatments = {name: Treatment(Redistribution.PRUNE, detector) for name in names}
+    part = next(samples.take(np.arange(min(SAMPLES, samples.count))).batches(SAMPLES))
     file = job.model
     try:
-        edits = Splice(treatments, Strategy.RERUN)(job.view, locate(file.skeleton).sites).edits
-        patched = ModelFile.from_bytes(apply(file, Patch(file.sha256, edits)).content(), file.path)
-        models = (file, patched)
-        part = next(samples.take(np.arange(min(SAMPLES, samples.count))).batches(SAMPLES))
-        sessions = [Session(bytes(m.buffer), job.provider, m.folder) for m in models]
-        before, after = (session.run(part.feeds) for session in sessions)
+        before = Session(bytes(file.buffer), job.provider, file.folder).run(part.feeds)
+        for threshold in (NEVER, ALWAYS):
+            after = _rerun(job, trained, threshold).run(part.feeds, list(before))
+            pairs = [(before[name], after[name]) for name in before]
+            if threshold == NEVER and not all(np.array_equal(*p, equal_nan=True) for p in pairs):
+                return None
+            if any(one.shape != other.shape for one, other in pairs):
+                return None
     except AtpatchError:
         return None
-    same = all(before[name].shape == after[name].shape for name in before)
-    return Strategy.RERUN.value if same else None
+    return Strategy.RERUN.value
+
+
+def _rerun(job: Job, trained: Trained, threshold: float) -> Session:
+    """The model with the detector at that threshold. Raises: RefusedError where it cannot be."""
+    names = tuple(site.name for site in trained.sites)
+    detector = Detector(Path("det.onnx"), trained.model, "", "", threshold, names, None, {})
+    treatments = {name: Treatment(Redistribution.PRUNE, detector) for name in names}
+    sites = locate(job.model.skeleton).sites
+    edits = Splice(treatments, Strategy.RERUN)(job.view, sites).edits
+    content = apply(job.model, Patch(job.model.sha256, edits)).content()
+    return Session(content, job.provider, job.model.folder)

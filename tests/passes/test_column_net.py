@@ -135,6 +135,22 @@ def test_tables_of_a_larger_site_are_cut_to_the_map() -> None:
     np.testing.assert_array_equal(found["benign"][0], tables.benign[0, :2, :5, :5])
 
 
+def test_tables_of_some_sites_are_as_large_as_the_largest_of_them() -> None:
+    tables = Tables(
+        RICH, *(np.zeros((2, len(RICH), KEYS), np.float32) for _ in range(2)),
+        np.zeros((2, HEADS, QUERIES, KEYS), np.float32), (2, HEADS), (5, KEYS), False,
+    )  # fmt: skip
+    small = tables.take(np.array([0]))
+    assert small.center.shape == small.gain.shape == (1, len(RICH), 5)
+    assert small.benign is not None
+    assert small.benign.shape == (1, 2, 5, 5)
+    net = ColumnNet((dense(np.random.default_rng(2), len(RICH), 1),), np.zeros((1, 1), "f4"), 0.0)
+    model = build_contrastive(small, net, Levels(np.zeros(1, "f4"), np.ones(1, "f4")), 17, 8)
+    maps_of_it = maps()["attention"][:, :2, :5, :5]
+    found = run_model(model, {"attention": maps_of_it, "layer": np.array(0)})
+    assert found["anomaly"].shape == (4, 1, 1, 5)
+
+
 def test_fixed_columns_are_flagged_in_every_sample_of_their_site() -> None:
     table = np.zeros((SITES, KEYS), bool)
     table[0, 2] = table[1, [0, 6]] = True

@@ -24,7 +24,7 @@ from hosts import Floats, model_file, run, spliced
 LENGTH, WIDTH = 5, 3
 
 
-def host(tail: str = "", outputs: str = "float[N, 2] logits") -> ModelProto:
+def host(tail: str = "cls = Identity (g0)", outputs: str = "float[N, 2] logits") -> ModelProto:
     """Two sites in a row and a head on the first token: `[N, 5, 3]` -> `[N, 2]`."""
     return onnx.parser.parse_model(f"""
         <ir_version: 8, opset_import: ["" : 17]>
@@ -41,7 +41,7 @@ def host(tail: str = "", outputs: str = "float[N, 2] logits") -> ModelProto:
             p1 = Softmax <axis = -1> (s1)
             c1 = MatMul (p1, h)
             g = Add (h, c1)
-            cls = Gather <axis = 1> (g, zero)
+            g0 = Gather <axis = 1> (g, zero)
             {tail}
             logits = MatMul (cls, head)
         }}
@@ -117,6 +117,15 @@ def test_what_cannot_be_run_again_says_why() -> None:
         "made by a site itself": host(outputs=f"{both} c0"),
         "an output that does not lie behind": host(outputs=f"{both} h"),
     }
+    cases["is quantised"] = host(
+        "z = Constant <value = float {0.1}> () "
+        "q = QuantizeLinear (g0, z) cls = DequantizeLinear (q, z)"
+    )
+    cases["a subgraph reads"] = host(
+        "yes = Constant <value = bool {1}> () "
+        "cls = If (yes) <then_branch = a () => (float[N, 3] k) { k = Identity (g0) }, "
+        "else_branch = b () => (float[N, 3] m) { m = Neg (g0) }>"
+    )
     for words, model in cases.items():
         file = model_file(model)
         view = GraphView.of(file.skeleton)
@@ -133,9 +142,37 @@ def test_every_node_behind_the_first_site_is_copied_once_and_no_other() -> None:
     plan = plan_rerun(view, sites, sites)
     assert not isinstance(plan, str)
     copied = [view.nodes[index].output[0] for index in plan.nodes]
-    assert copied == ["c0", "h", "u", "s1", "p1", "c1", "g", "cls"]
+    assert copied == ["c0", "h", "u", "s1", "p1", "c1", "g", "g0", "cls"]
     assert list(plan.ends) == ["cls"]
     edits = splice(file, [0, 1])(view, sites).edits
     rewritten = apply(file, Patch(file.sha256, edits))
     added = len(rewritten.content()) - file.size
     assert added < 12_000
+
+
+def test_maps_over_other_keys_are_left_alone() -> None:
+    """Two sequences of free lengths S and T: what is flagged in one means nothing in the other."""
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        host (float[N, S, 3] x, float[N, T, 3] y) => (float[N, 3] out) <int64 zero = {0}>
+        {
+            t = Transpose <perm = [0, 2, 1]> (x)
+            s = MatMul (x, t)
+            p = Softmax <axis = -1> (s)
+            c = MatMul (p, x)
+            u = Transpose <perm = [0, 2, 1]> (y)
+            r = MatMul (y, u)
+            q = Softmax <axis = -1> (r)
+            d = MatMul (q, y)
+            a = Gather <axis = 1> (c, zero)
+            b = Gather <axis = 1> (d, zero)
+            e = Add (a, b)
+            out = Identity (e)
+        }
+    """)
+    file = model_file(model)
+    view, sites = GraphView.of(file.skeleton), locate(file.skeleton).sites
+    assert "same keys" in str(plan_rerun(view, sites, sites))
+    plan = plan_rerun(view, sites, sites[:1])
+    assert not isinstance(plan, str)
+    assert plan.sites == sites[:1]
