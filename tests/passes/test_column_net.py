@@ -136,10 +136,9 @@ def test_tables_of_a_larger_site_are_cut_to_the_map() -> None:
 
 
 def test_tables_of_some_sites_are_as_large_as_the_largest_of_them() -> None:
-    tables = Tables(
-        RICH, *(np.zeros((2, len(RICH), KEYS), np.float32) for _ in range(2)),
-        np.zeros((2, HEADS, QUERIES, KEYS), np.float32), (2, HEADS), (5, KEYS), False,
-    )  # fmt: skip
+    rows = np.zeros((2, len(RICH), KEYS), np.float32)
+    benign = np.zeros((2, HEADS, QUERIES, KEYS), np.float32)
+    tables = Tables(RICH, rows, rows, benign, (2, HEADS), (5, KEYS), False)
     small = tables.take(np.array([0]))
     assert small.center.shape == small.gain.shape == (1, len(RICH), 5)
     assert small.benign is not None
