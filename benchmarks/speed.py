@@ -3,8 +3,8 @@
     python benchmarks/speed.py [--ep cuda] [--runs 40] [--threads 2]
 
 Random weights. Every attention site gets the shipped z-score detector; its threshold is set so
-that nothing is flagged, or everything is. On CPU float32 and the strategies `guard` and `select`;
-on CUDA float16 with inputs and outputs bound to the device, and `select`. Writes
+that nothing is flagged, or everything is. On CPU float32 and every strategy;
+on CUDA float16 with inputs and outputs bound to the device, `select` and `rerun`. Writes
 `benchmarks/results/speed-<ep>.json`.
 """
 
@@ -106,7 +106,7 @@ def measure(name: str, provider: str, batch: int, options: argparse.Namespace) -
         np.savez(data, **samples(sample, max(batch, 24)))
         detector = folder / "det.onnx"
         atpatch_onnx.fit(model, data, detector, batch=4, ep=provider)
-        strategies = ("select",) if provider == "cuda" else ("guard", "select")
+        strategies = ("select", "rerun") if provider == "cuda" else ("guard", "select", "rerun")
         for strategy in strategies:
             for flagged, threshold in (("nothing", NEVER), ("everything", ALWAYS)):
                 patched = atpatch_onnx.patch(

@@ -10,9 +10,8 @@ after the text with the trigger stands a run of as many of the strongest words f
 class, as the same search finds them. What ordinary words of the target class win in such duels is
 subtracted, because in some tasks one class has the stronger words.
 
-Measured on sentiment models (six-layer MiniLM and two-layer BERT): clean ones at most 0.2, with
-a planted word or sentence 0.68 to 0.97. Triggers that are no tokens, as the syntax of a sentence,
-cannot be found by putting tokens in.
+Triggers that are no tokens, as the syntax of a sentence, cannot be found by putting tokens in.
+`benchmarks/efficacy.py` says what is found in which victim.
 """
 
 from __future__ import annotations

@@ -104,6 +104,20 @@ def test_the_threshold_is_a_conformal_quantile() -> None:
     assert abs(np.mean(flagged) - 0.05) < 0.005
 
 
+@pytest.mark.parametrize(
+    ("count", "budget", "above", "honoured"),
+    [(175, 0.01, 1, True), (1000, 0.01, 10, True), (60, 0.01, 0, False), (10, 0.97, 9, True)],
+)
+def test_the_threshold_is_the_rank_next_to_the_budget(
+    count: int, budget: float, above: int, honoured: bool
+) -> None:
+    anomalies = np.random.default_rng(0).permutation(count) / count
+    found = calibrate(anomalies, budget, 0)
+    assert int((anomalies > found.threshold).sum()) == found.flagged.hits == above
+    assert found.expected_fpr == pytest.approx((above + 1) / (count + 1))
+    assert found.honoured is honoured
+
+
 def test_too_few_inputs_are_said_not_hidden(tmp_path: Path) -> None:
     model, data = save(tmp_path, over_attending(True), tokens(60, 0))
     report = atpatch_onnx.fit(model, data, tmp_path / "det.onnx", fpr=0.01)
