@@ -106,7 +106,7 @@ def test_the_threshold_is_a_conformal_quantile() -> None:
 
 @pytest.mark.parametrize(
     ("count", "budget", "above", "honoured"),
-    [(175, 0.01, 1, True), (1000, 0.01, 10, True), (60, 0.01, 0, False), (10, 0.97, 9, True)],
+    [(175, 0.01, 1, True), (1000, 0.01, 9, True), (60, 0.01, 0, False), (10, 0.97, 9, True)],
 )
 def test_the_threshold_is_the_rank_next_to_the_budget(
     count: int, budget: float, above: int, honoured: bool
