@@ -4,10 +4,12 @@
         [--data ../shared/data] [--work efficacy-work] [--threads 1] [--ep cpu] [-o FILE]
 
 Test sentences as they are, with rare words, with a random suffix, shuffled, and random tokens: in
-how many does a patched model flag something? The clean model has a z-score detector, as a scan
-finds nothing in it that others could learn from. The backdoored ones have the contrastive detector
-that `efficacy.py` fitted to what its scan found, where that is in its work folder, else one that is
-fitted here to the real trigger in the defender's sentences.
+how many does a patched model flag something? The clean model has a z-score detector, as there is
+no trigger in it that others could learn from. The backdoored ones have the contrastive detector
+that `efficacy.py` fitted to what its scan found (told the class where it raised no alarm), where
+that is in its work folder, else one that is fitted here to the real trigger in the defender's
+sentences. Model, detector and sites differ between the clean victim and the others: their rows side
+by side do not say which of them matters.
 
 A row is within the limit where at most the budget and half a point are flagged, as measured; it is
 sure where all of the 95 % interval is on that side. Victims that are not there are trained first.
