@@ -28,7 +28,7 @@ from .benign import KINDS as BENIGN
 from .calibration import Calibration, calibrate, held_out
 from .contrastive import fit_contrastive
 from .fixed_columns import fit_columns
-from .inputs import bad_inputs, clean_inputs, is_fairness, split_bad
+from .inputs import bad_inputs, check_enough, clean_inputs, is_fairness, split_bad
 from .job import Job, Trained
 from .labelling import moved_columns
 from .map_cnn import fit_map_cnn
@@ -37,6 +37,7 @@ from .trial import recommended_strategy
 from .zscore import fit_zscore
 
 KINDS = ("zscore", "contrastive", "map-cnn", "columns")
+TRAINED = ("contrastive", "map-cnn")
 RUNS = {"zscore": 3, "contrastive": 4, "map-cnn": 4, "columns": 1}
 """About how many runs over the data each kind takes, for the progress bar."""
 
@@ -101,6 +102,8 @@ def fit(
     clean = clean_inputs(data, inputs)
     bad = None if debug is None else bad_inputs(debug, inputs)
     kind = kind or _default_kind(bad)
+    if bad is not None and kind in TRAINED:
+        check_enough(bad)
     runs = RUNS[kind] * clean.count + (0 if bad is None else 4 * bad.bad.count)
     tick = progress.start("fitting", runs)
     job = Job(file, GraphView.of(file.skeleton), chosen, provider, batch, seed, benign, tick)

@@ -35,16 +35,19 @@ def clean_inputs(data: Given, inputs: Sequence[InputSpec]) -> Samples:
 
 
 def bad_inputs(data: Given, inputs: Sequence[InputSpec]) -> DebuggingSet:
-    """A debugging set. Raises: InputError for too few inputs, or NaN."""
+    """A debugging set. Raises: InputError for NaN."""
     bad = load_debugging_set(data, inputs)
-    source = _source(data, "the debugging set")
-    if bad.bad.count < MINIMUM_BAD:
-        raise InputError(
-            f"{source} has {bad.bad.count} bad inputs, training needs at least {MINIMUM_BAD}: make "
-            "more with atpatch-onnx scan, or fit --kind zscore without a debugging set"
-        )
-    _check_nan(bad.bad, source)
+    _check_nan(bad.bad, _source(data, "the debugging set"))
     return bad
+
+
+def check_enough(bad: DebuggingSet) -> None:
+    """Raises: InputError for too few bad inputs to train on."""
+    if bad.count < MINIMUM_BAD:
+        raise InputError(
+            f"the debugging set has {bad.count} bad inputs, training needs at least {MINIMUM_BAD}: "
+            "make more with atpatch-onnx scan, or fit --kind zscore without a debugging set"
+        )
 
 
 def split_bad(job: Job, bad: DebuggingSet) -> tuple[DebuggingSet, DebuggingSet]:
