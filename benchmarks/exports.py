@@ -113,7 +113,7 @@ def _patched(file: ModelFile, found: Sites, feeds: Arrays) -> tuple[bool | None,
     original = _run(file.path, feeds)
     with tempfile.TemporaryDirectory() as folder:
         detector = column_mean_detector(Path(folder) / "det.onnx", view.opset, NEVER)
-    for strategy in Strategy:
+    for strategy in (Strategy.GUARD, Strategy.SELECT):
         treatment = Treatment(Redistribution.UNIFORM, detector)
         result = Splice({s.name: treatment for s in found.sites}, strategy)(view, found.sites)
         content = apply(file, Patch(file.sha256, result.edits)).content()
