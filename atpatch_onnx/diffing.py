@@ -145,6 +145,7 @@ class FlagReader:
             add_output(v, TensorProto.BOOL) for v in self._read if v not in present
         ]
         self._session = Probed(model, edits, provider).session
+        self.inputs = self._session.inputs
 
     def columns(self, part: Batch) -> list[NDArray[np.bool_]]:
         """What each site flags in the real samples of a batch, `[B, K]`."""
