@@ -91,14 +91,7 @@ class GraphView:
         found: dict[str, list[NodeProto]] = defaultdict(list)
         here = set(self.producers) | self.varying
         for node in self.nodes:
-            graphs = subgraphs(node)
-            read: set[str] = set()
-            for graph in graphs:  # grows by the graphs within
-                for inner in graph.node:
-                    read.update(inner.input)
-                    graphs += subgraphs(inner)
-                read.update(value.name for value in graph.output)
-            for name in read & here:
+            for name in read_within(node) & here:
                 found[name].append(node)
         return found
 
@@ -258,6 +251,18 @@ def int_attribute(node: NodeProto, name: str, default: int) -> int:
 def subgraphs(node: NodeProto) -> list[GraphProto]:
     """The graphs in a node's attributes (`If`, `Loop`, `Scan`, generation operators)."""
     return [g for a in node.attribute for g in ([a.g] if a.HasField("g") else []) + list(a.graphs)]
+
+
+def read_within(node: NodeProto) -> set[str]:
+    """The names that a node's subgraphs read, their own and captured ones."""
+    graphs = subgraphs(node)
+    read: set[str] = set()
+    for graph in graphs:  # grows by the graphs within
+        for inner in graph.node:
+            read.update(inner.input)
+            graphs += subgraphs(inner)
+        read.update(value.name for value in graph.output)
+    return read
 
 
 def domain(node: NodeProto) -> str:

@@ -23,7 +23,7 @@ from onnx import GraphProto, NodeProto, TensorProto, helper
 
 from ..edits import AddNode, Edit, RewireInput
 from .fragment import Constants, Fragment
-from .graph_view import Dim, GraphView, Use, subgraphs
+from .graph_view import Dim, GraphView, Use, read_within
 from .locate import Site
 from .redistribute import Redistribution, redistribute
 from .views import as_before, view_4d
@@ -79,7 +79,7 @@ def plan_rerun(view: GraphView, sites: Sequence[Site], detecting: Sequence[Site]
     if problem:
         return problem
     needed = _upstream(view, set(ends), changed)
-    if any(changed.intersection(_captured(view.nodes[index])) for index in needed):
+    if any(changed.intersection(read_within(view.nodes[index])) for index in needed):
         return "a subgraph reads values that would have to be run again"
     return Plan(pruned, tuple(sorted(needed)), {v: tuple(uses) for v, uses in ends.items()})
 
@@ -218,21 +218,9 @@ def _upstream(view: GraphView, values: set[str], changed: set[str]) -> set[int]:
         index = view.producers[value]
         if index not in found:
             found.add(index)
-            read = {*view.nodes[index].input, *_captured(view.nodes[index])}
+            read = {*view.nodes[index].input, *read_within(view.nodes[index])}
             queue += sorted(read & changed)
     return found
-
-
-def _captured(node: NodeProto) -> set[str]:
-    """What the subgraphs of a node read."""
-    graphs = subgraphs(node)
-    read: set[str] = set()
-    for graph in graphs:  # grows by the graphs within
-        for inner in graph.node:
-            read.update(inner.input)
-            graphs += subgraphs(inner)
-        read.update(value.name for value in graph.output)
-    return read
 
 
 def _unfit(view: GraphView, value: str, sites: Sequence[Site]) -> str:

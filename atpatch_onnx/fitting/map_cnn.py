@@ -21,6 +21,7 @@ from ..passes.features import BASIC, HIDDEN
 from ..runtime import Array
 from .benign import tables_with_benign
 from .columns import calm_columns
+from .contrastive import VALIDATION
 from .job import Job, Trained
 from .labelling import over_attended
 from .levels import level
@@ -28,7 +29,6 @@ from .statistics import FeatureReader, Whitening, whiten
 
 MAP_BYTES = 64 << 20
 """How many bytes of maps training may hold."""
-VALIDATION = 0.2
 
 Labelled = list[tuple[Array, Array]]
 
