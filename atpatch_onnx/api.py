@@ -107,6 +107,7 @@ def patch(
     telemetry: bool = False,
     toggle: bool = False,
     bind: Mapping[str, str] | None = None,
+    remember: bool = False,
     patch_only: PathLike | None = None,
     digests: bool = False,
     force: bool = False,
@@ -124,6 +125,7 @@ def patch(
         with the flagged columns pruned at every site); by default what the detector asks for, where
         the model allows it, else what is faster on `ep`.
     ep: where the model will run: "cuda" or "cpu"; by default "cuda" where there is one.
+    remember: add an input and an output that carry flagged columns from prefill to decoding.
     patch_only: write an `.atpatch` file there instead of a patched model.
     digests: read and hash external weights for the certificate.
     Raises: InputError, RefusedError. Nothing is written then.
@@ -151,7 +153,7 @@ def patch(
     how = choose_strategy(strategy, provider, file.sha256, view, found, treatments, asked)
     if how is Strategy.RERUN:
         treatments = pruning(treatments, asked)
-    splice = Splice(treatments, how, telemetry, toggle, bind or {})
+    splice = Splice(treatments, how, telemetry, toggle, bind or {}, remember)
     result = splice(view, found.sites)
     if not result.patched:
         raise RefusedError(_nothing_patched(file, found, result))

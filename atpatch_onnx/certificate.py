@@ -1,45 +1,28 @@
 """What can be checked about a patched file without trusting who patched it.
 
-`certify` compares two files field by field on the wire, independently of the patch that made one
-from the other: it reads no edit list, only the bytes.
+`certify` compares two files byte by byte (`comparing`), independently of the patch that made one
+from the other.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any, ClassVar
+from typing import Any
 
-from onnx import (
-    NodeProto,
-    OperatorSetIdProto,
-    StringStringEntryProto,
-    TensorProto,
-    ValueInfoProto,
-)
+from onnx import TensorProto
 
+from .comparing import Difference, compare
 from .errors import CheckError
 from .external_data import external_digest, external_tensors
-from .model_file import (
-    GRAPH_INITIALIZER,
-    GRAPH_INPUT,
-    GRAPH_NODE,
-    GRAPH_OUTPUT,
-    MODEL_GRAPH,
-    MODEL_METADATA,
-    MODEL_OPSET,
-    ModelFile,
-    tensors_of,
-)
+from .model_file import ModelFile
 from .patching import Rewritten, about_patches, record_keys, revert
 from .progress import Tick
 from .wire import Field
 
-FORMAT = 1
-PREFIX = "atpatch/"
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -60,30 +43,6 @@ class TensorEntry:
     shape: list[int]
     sha256: str | None
     external: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class RewiredSlot:
-    """An input slot of an original node that reads another value now."""
-
-    node: str
-    index: int
-    slot: int
-    old: str
-    new: str
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Everything in which the result differs from the base; the rest is byte-identical."""
-
-    inserted_nodes: list[str] = field(default_factory=list)
-    inserted_initializers: list[str] = field(default_factory=list)
-    inserted_inputs: list[str] = field(default_factory=list)
-    inserted_outputs: list[str] = field(default_factory=list)
-    inserted_opsets: list[str] = field(default_factory=list)
-    inserted_metadata: list[str] = field(default_factory=list)
-    rewired: list[RewiredSlot] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -139,147 +98,6 @@ def _initializers(model: ModelFile, progress: Tick | None) -> Iterator[TensorEnt
             yield TensorEntry(tensor.name, kind, shape, digest, held)
 
 
-def compare(base: ModelFile, result: ModelFile) -> Difference:
-    """Every difference between the two files. Raises: CheckError for one that no patch makes."""
-    difference = Difference()
-    _walk(base, result, base.model_fields, result.model_fields, _Model(base, difference))
-    _walk(base, result, base.graph_fields, result.graph_fields, _Graph(base, difference))
-    needed = set(difference.inserted_inputs) - set(difference.inserted_initializers)
-    if needed:
-        raise CheckError(
-            f"{result.path} has the new input '{sorted(needed)[0]}' without a default: it was "
-            "altered, take a fresh copy"
-        )
-    return difference
-
-
-class _Model:
-    """The message ModelProto: the graph is compared by itself, metadata and opsets may be added."""
-
-    def __init__(self, base: ModelFile, difference: Difference) -> None:
-        self.difference = difference
-        self.domains = {_domain(opset.domain) for opset in base.skeleton.opset_import}
-
-    def same(self, base: ModelFile, a: Field, result: ModelFile, b: Field) -> bool:
-        if (a.number, a.wire_type) != (b.number, b.wire_type):
-            return False
-        return a.number == MODEL_GRAPH or _content(base, a) == _content(result, b)
-
-    def insert(self, result: ModelFile, b: Field) -> bool:
-        if b.number == MODEL_METADATA:
-            entry = StringStringEntryProto.FromString(_content(result, b))
-            self.difference.inserted_metadata.append(entry.key)
-            return isinstance(entry.key, str) and entry.key.startswith("atpatch.")
-        if b.number == MODEL_OPSET:
-            opset = OperatorSetIdProto.FromString(_content(result, b))
-            self.difference.inserted_opsets.append(f"{opset.domain}={opset.version}")
-            # Another version of a domain that is there would change what every node of it means.
-            fresh = _domain(opset.domain) not in self.domains
-            self.domains.add(_domain(opset.domain))
-            return fresh
-        return False
-
-
-class _Graph:
-    """The message GraphProto: own nodes and tensors may be added, input slots rewired to them."""
-
-    _LISTS: ClassVar[dict[int, tuple[Callable[[bytes], Any], str]]] = {
-        GRAPH_NODE: (NodeProto.FromString, "inserted_nodes"),
-        GRAPH_INITIALIZER: (TensorProto.FromString, "inserted_initializers"),
-        GRAPH_INPUT: (ValueInfoProto.FromString, "inserted_inputs"),
-        GRAPH_OUTPUT: (ValueInfoProto.FromString, "inserted_outputs"),
-    }
-
-    def __init__(self, base: ModelFile, difference: Difference) -> None:
-        graph = base.skeleton.graph
-        self.difference, self.node = difference, 0
-        self.left = Counter({GRAPH_INPUT: len(graph.input), GRAPH_OUTPUT: len(graph.output)})
-        self.weights = {tensor.name for tensor in graph.initializer}
-        self.weights |= {tensor.values.name for tensor in graph.sparse_initializer}
-        self.weights |= {n.output[0] for n in graph.node if n.op_type == "Constant" and n.output}
-
-    def same(self, base: ModelFile, a: Field, result: ModelFile, b: Field) -> bool:
-        if (a.number, a.wire_type) != (b.number, b.wire_type):
-            return False
-        old, new = _content(base, a), _content(result, b)
-        if a.number != GRAPH_NODE:
-            self.left[a.number] -= old == new
-            return old == new
-        slots = [] if old == new else _rewired(self.node, old, new)
-        # A weight is changed as well by reading another in its place.
-        if slots is None or any(slot.old in self.weights for slot in slots):
-            return False
-        self.difference.rewired.extend(slots)
-        self.node += 1
-        return True
-
-    def insert(self, result: ModelFile, b: Field) -> bool:
-        # Callers know inputs and outputs by their order, so that own ones come last.
-        if b.number not in self._LISTS or self.left[b.number] > 0:
-            return False
-        parse, name = self._LISTS[b.number]
-        entry = parse(_content(result, b))
-        getattr(self.difference, name).append(entry.name)
-        is_node = isinstance(entry, NodeProto)
-        made = entry.output if is_node else [entry.name]
-        # Protobuf gives names that are not UTF-8 as bytes.
-        if not all(isinstance(n, str) and n.startswith(PREFIX) for n in [entry.name, *made]):
-            return False
-        tensors = (entry,) if isinstance(entry, TensorProto) else ()
-        return not any(
-            tensor.data_location == TensorProto.EXTERNAL
-            for tensor in tensors_of(tensors, (entry,) if is_node else ())
-        )
-
-
-def _domain(name: str) -> str:
-    return "" if name == "ai.onnx" else name
-
-
-def _walk(
-    base: ModelFile, result: ModelFile, old: list[Field], new: list[Field], rules: _Model | _Graph
-) -> None:
-    """Match the fields of the base, in order, with those of the result; the others are new."""
-    position = 0
-    for a in old:
-        while position < len(new) and not rules.same(base, a, result, new[position]):
-            _inserted(base, result, new[position], rules)
-            position += 1
-        if position == len(new):
-            raise CheckError(
-                f"{result.path} lacks or changes something of {base.path} (field {a.number} at "
-                f"byte {a.start}): it is not that model with a patch"
-            )
-        position += 1
-    for b in new[position:]:
-        _inserted(base, result, b, rules)
-
-
-def _inserted(base: ModelFile, result: ModelFile, b: Field, rules: _Model | _Graph) -> None:
-    if not rules.insert(result, b):
-        raise CheckError(
-            f"{result.path} is not {base.path} with a patch: at byte {b.start} it has "
-            "something that is neither in the original nor named as a patch names its parts"
-        )
-
-
-def _rewired(index: int, old: bytes, new: bytes) -> list[RewiredSlot] | None:
-    """The rewired slots, if that is all in which two nodes differ."""
-    a, b = NodeProto.FromString(old), NodeProto.FromString(new)
-    if len(a.input) != len(b.input):
-        return None
-    slots = [
-        RewiredSlot(a.name or a.output[0], index, slot, before, after)
-        for slot, (before, after) in enumerate(zip(a.input, b.input, strict=True))
-        if before != after
-    ]
-    ours = all(isinstance(slot.new, str) and slot.new.startswith(PREFIX) for slot in slots)
-    if not slots or not ours:
-        return None
-    b.input[:] = a.input
-    return slots if a.SerializeToString() == b.SerializeToString() else None
-
-
 def _content(model: ModelFile, place: Field) -> bytes:
     return bytes(model.buffer[place.payload : place.end])
 
@@ -316,10 +134,13 @@ def verify(
     def differences() -> str:
         found.append(certify(base, result, external))
         d = found[0].difference
+        removed = len(d.removed_nodes)
+        calls = f"{removed} calls of functions replaced by their bodies" if removed else ""
         return (
-            f"{len(base.initializers)} tensors and {len(base.nodes)} nodes of the original are "
-            f"there; {len(d.rewired)} input slots rewired, {len(d.inserted_nodes)} nodes and "
-            f"{len(d.inserted_initializers)} tensors added, none removed"
+            f"{len(base.initializers)} tensors and {len(base.nodes) - removed} nodes of the "
+            f"original are there; {len(d.rewired)} input slots rewired, {len(d.renamed)} outputs "
+            f"renamed, {len(d.inserted_nodes)} nodes and {len(d.inserted_initializers)} tensors "
+            f"added, {calls or 'none removed'}"
         )
 
     check("only additions", differences)

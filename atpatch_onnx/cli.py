@@ -243,6 +243,10 @@ def patch(
     bind: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE: a detector input reads a model value.")
     ] = None,
+    remember: Annotated[
+        bool,
+        typer.Option(help="Carry flagged columns from prefill to decoding: one input, one output."),
+    ] = False,
     patch_only: Annotated[
         Path | None, typer.Option(help="Write only an .atpatch file, to apply elsewhere.")
     ] = None,
@@ -268,6 +272,7 @@ def patch(
             telemetry=telemetry,
             toggle=toggle,
             bind=_bindings(bind),
+            remember=remember,
             patch_only=patch_only,
             digests=digests,
             force=force,

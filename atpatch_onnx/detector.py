@@ -39,6 +39,7 @@ class Detector:
     kind: what made it, for people.
     threshold: columns with a higher anomaly are flagged.
     strategy: how it asks to be spliced in where nobody says otherwise; None: it does not say.
+    rows: how many query rows of a map it was fitted on and wants to see; None: all.
     sites: names of the sites it was fitted for, in the order of `layer`; empty: any site.
     host_sha256: digest of the model it was fitted for; None: it does not say.
     training: its training record, as the fitter wrote it.
@@ -53,6 +54,7 @@ class Detector:
     host_sha256: str | None
     training: dict[str, object]
     strategy: str | None = None
+    rows: int | None = None
 
     @property
     def takes_layer(self) -> bool:
@@ -108,12 +110,16 @@ def load_detector(path: str | Path, opset: int, threshold: float | None = None) 
         )
         sites = json.loads(metadata.get("atpatch.sites", "[]"))
         training = json.loads(metadata.get("atpatch.training", "{}"))
+        rows = int(metadata["atpatch.rows"]) if "atpatch.rows" in metadata else None
         if not isinstance(sites, list) or not all(isinstance(site, str) for site in sites):
             raise ValueError("atpatch.sites is no list of names")
+        if rows is not None and rows < 1:
+            raise ValueError("atpatch.rows is below 1")
     except ValueError as error:
         raise InputError(
             f"the metadata of the detector {file.path} cannot be read ({error}): "
-            "atpatch.threshold is a number, atpatch.sites and atpatch.training are JSON"
+            "atpatch.threshold and atpatch.rows are numbers, atpatch.sites and atpatch.training "
+            "are JSON"
         ) from None
     return Detector(
         path=file.path,
@@ -126,6 +132,7 @@ def load_detector(path: str | Path, opset: int, threshold: float | None = None) 
         host_sha256=metadata.get("atpatch.host.sha256"),
         training=training,
         strategy=metadata.get("atpatch.strategy"),
+        rows=rows,
     )
 
 

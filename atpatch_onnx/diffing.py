@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from .api import PathLike
-from .certificate import Difference, compare
+from .comparing import Difference, compare
+from .compiling import names
 from .data import Batch, Samples, load_samples
 from .edits import Edit
 from .errors import CheckError, RefusedError, at_least
@@ -20,7 +21,7 @@ from .layout import batch_axis, batch_dimension, with_batch_axes
 from .model_file import ModelFile
 from .passes.locate import locate
 from .passes.probe import add_output
-from .patching import about_patches, check_order, names
+from .patching import about_patches, check_order
 from .probed import Probed, flagged_columns
 from .progress import SILENT, Progress
 from .runtime import Array, Arrays, Session, choose_provider

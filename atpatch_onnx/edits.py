@@ -1,7 +1,8 @@
 """The closed set of changes to a model. None of them touches an initializer.
 
 Nodes are named by their index in the base graph, which is unambiguous because a patch carries the
-digest of the one file it is for. Protos inside edits are never changed after construction.
+digest of the one file it is for; `scope` says in which graph, the main one by default. Protos
+inside edits are never changed after construction.
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ from dataclasses import dataclass
 
 from onnx import NodeProto, TensorProto, ValueInfoProto
 
+Scope = tuple[tuple[int, int, int], ...]
+"""Where a graph lies: for each enclosing node, from outside, its index, the index of its attribute,
+and of the graph in that attribute. The main graph: ()."""
+
 
 @dataclass(frozen=True)
 class AddNode:
@@ -17,11 +22,20 @@ class AddNode:
 
     before: int
     node: NodeProto
+    scope: Scope = ()
+
+
+@dataclass(frozen=True)
+class RemoveNode:
+    """Take out base node `node`, a call of a model-local function; added nodes make its outputs."""
+
+    node: int
+    scope: Scope = ()
 
 
 @dataclass(frozen=True)
 class AddInitializer:
-    """Add a tensor under a new name."""
+    """Add a tensor to the main graph under a new name."""
 
     tensor: TensorProto
 
@@ -34,11 +48,23 @@ class RewireInput:
     slot: int
     old: str
     new: str
+    scope: Scope = ()
+
+
+@dataclass(frozen=True)
+class RenameOutput:
+    """Let output `slot` of base node `node` be called `new`; an added node makes `old`."""
+
+    node: int
+    slot: int
+    old: str
+    new: str
+    scope: Scope = ()
 
 
 @dataclass(frozen=True)
 class AddInput:
-    """Add a graph input (overridable if an initializer has its name)."""
+    """Add an input of the main graph (overridable if an initializer has its name)."""
 
     value: ValueInfoProto
 
@@ -48,6 +74,16 @@ class AddOutput:
     """Add a graph output."""
 
     value: ValueInfoProto
+    scope: Scope = ()
+
+
+@dataclass(frozen=True)
+class AddNodeOutput:
+    """Add a last output to base node `node`, whose subgraphs have one more output too."""
+
+    node: int
+    name: str
+    scope: Scope = ()
 
 
 @dataclass(frozen=True)
@@ -66,4 +102,7 @@ class AddMetadata:
     value: str
 
 
-Edit = AddNode | AddInitializer | RewireInput | AddInput | AddOutput | AddOpsetImport | AddMetadata
+Placed = AddNode | RemoveNode | RewireInput | RenameOutput | AddOutput | AddNodeOutput
+"""Edits of one graph of the model; their `scope` says which."""
+
+Edit = Placed | AddInitializer | AddInput | AddOpsetImport | AddMetadata

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from . import rates
 from .api import PathLike
-from .certificate import compare
 from .classifier import NO_TICK, Classifier
+from .comparing import compare
 from .data import Samples
 from .diffing import FlagReader
 from .errors import InputError, at_least

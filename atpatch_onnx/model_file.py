@@ -16,6 +16,7 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto, TensorProto
 
+from .edits import Scope
 from .errors import InputError, reason
 from .passes.graph_view import subgraphs
 from .progress import Tick
@@ -23,12 +24,27 @@ from .wire import LEN, Buffer, Field, WireError, delimited, fields
 
 MODEL_GRAPH, MODEL_OPSET, MODEL_METADATA = 7, 8, 14
 GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 5, 11, 12
-NODE_INPUT = 1
+NODE_INPUT, NODE_OUTPUT, NODE_ATTRIBUTE = 1, 2, 5
+ATTRIBUTE_GRAPH, ATTRIBUTE_GRAPHS = 6, 11
 
 SKELETON_BYTES = 4096
 """A tensor encoded in more bytes than this is in the skeleton by name, type and shape only."""
 
 _TENSOR_DATA = frozenset((4, 5, 6, 7, 9, 10, 11))  # float_data ... uint64_data, raw_data
+
+
+@dataclass(frozen=True)
+class GraphPlace:
+    """Where a graph lies in the file.
+
+    around: the fields that enclose it, outermost first: graph, node, attribute, graph, ...
+    parts: its own field; several where an encoder wrote the message in parts (legal, merged).
+    nodes: its nodes, each with the part that it lies in.
+    """
+
+    around: tuple[Field, ...]
+    parts: tuple[Field, ...]
+    nodes: tuple[tuple[Field, Field], ...]
 
 
 @dataclass(frozen=True)
@@ -96,6 +112,30 @@ class ModelFile:
     def nodes(self) -> list[Field]:
         """The nodes of the main graph; `nodes[i]` encodes `skeleton.graph.node[i]`."""
         return [f for f in self.graph_fields if f.number == GRAPH_NODE]
+
+    def graph(self, scope: Scope) -> GraphPlace:
+        """Where the graph at `scope` lies. Raises: IndexError if there is none."""
+        place = self._place((), self.graphs)
+        for index, attribute_index, graph_index in scope:
+            part, node = place.nodes[index]
+            inside = fields(self.buffer, node.payload, node.end)
+            attribute = [f for f in inside if f.number == NODE_ATTRIBUTE][attribute_index]
+            inside = fields(self.buffer, attribute.payload, attribute.end)
+            held = [f for f in inside if f.number in (ATTRIBUTE_GRAPH, ATTRIBUTE_GRAPHS)]
+            several = held[0].number == ATTRIBUTE_GRAPHS
+            parts = [held[graph_index]] if several else held
+            place = self._place((*place.around, part, node, attribute), parts)
+        return place
+
+    def _place(self, around: tuple[Field, ...], parts: Iterable[Field]) -> GraphPlace:
+        parts = tuple(parts)
+        nodes = tuple(
+            (part, field)
+            for part in parts
+            for field in fields(self.buffer, part.payload, part.end)
+            if field.number == GRAPH_NODE
+        )
+        return GraphPlace(around, parts, nodes)
 
     @cached_property
     def initializers(self) -> list[Field]:

@@ -19,17 +19,21 @@ from .edits import (
     AddInput,
     AddMetadata,
     AddNode,
+    AddNodeOutput,
     AddOpsetImport,
     AddOutput,
     Edit,
+    RemoveNode,
+    RenameOutput,
     RewireInput,
+    Scope,
 )
 from .errors import InputError, reason
 from .model_file import ModelFile
 from .passes.graph_view import GraphView, subgraphs
 from .patching import Patch
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save_patch(patch: Patch, base: ModelFile) -> bytes:
@@ -42,6 +46,7 @@ def save_patch(patch: Patch, base: ModelFile) -> bytes:
     captured = [n for n in dict.fromkeys(_reads(nodes)) if n not in made]
     view = GraphView.of(base.skeleton)
     replaced = {e.new: e.old for e in patch.edits if isinstance(e, RewireInput)}
+    replaced |= {e.old: e.old for e in patch.edits if isinstance(e, RenameOutput)}
     graph = helper.make_graph(
         nodes,
         "atpatch",
@@ -121,33 +126,59 @@ def _edit_list(patch: Patch) -> Iterator[list[Any]]:
     """Each edit as a list: its kind, then where it goes; nodes and tensors are in the graph."""
     for edit in patch.edits:
         match edit:
-            case AddNode(before, node):
-                yield ["add_node", before, node.name]
+            case AddNode(before, node, scope):
+                yield ["add_node", before, node.name, _written(scope)]
+            case RemoveNode(index, scope):
+                yield ["remove_node", index, _written(scope)]
             case AddInitializer(tensor):
                 yield ["add_initializer", tensor.name]
-            case RewireInput(index, slot, old, new):
-                yield ["rewire_input", index, slot, old, new]
+            case RewireInput(index, slot, old, new, scope):
+                yield ["rewire_input", index, slot, old, new, _written(scope)]
+            case RenameOutput(index, slot, old, new, scope):
+                yield ["rename_output", index, slot, old, new, _written(scope)]
             case AddInput(value):
                 yield ["add_input", value.name]
-            case AddOutput(value):
-                yield ["add_output", value.name]
+            case AddOutput(value, scope):
+                yield ["add_output", value.name, _written(scope)]
+            case AddNodeOutput(index, name, scope):
+                yield ["add_node_output", index, name, _written(scope)]
             case AddOpsetImport(domain, version):
                 yield ["add_opset", domain, version]
             case AddMetadata(key, text):
                 yield ["add_metadata", key, text]
 
 
+def _written(scope: Scope) -> str:
+    """A scope as text: "12.0.0/3.1.0", "" for the main graph."""
+    return "/".join(".".join(map(str, step)) for step in scope)
+
+
+def _scope(text: str) -> Scope:
+    """The scope that `_written` wrote. Raises: ValueError."""
+    steps = [tuple(map(int, step.split("."))) for step in text.split("/")] if text else []
+    scope = tuple((step[0], step[1], step[2]) for step in steps if len(step) == 3)
+    if len(scope) != len(steps) or any(number < 0 for step in scope for number in step):
+        raise ValueError(f"no scope: {text}")
+    return scope
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "add_node": (int, str, str),
+    "remove_node": (int, str),
+    "rewire_input": (int, int, str, str, str),
+    "rename_output": (int, int, str, str, str),
+    "add_initializer": (str,),
+    "add_input": (str,),
+    "add_output": (str, str),
+    "add_node_output": (int, str, str),
+    "add_opset": (str, int),
+    "add_metadata": (str, str),
+}
+"""What follows the kind of an edit in the list; a scope comes last."""
+
+
 def _edits(model: ModelProto, listed: list[list[Any]]) -> Iterator[Edit]:
-    kinds = {
-        "add_node": (int, str),
-        "rewire_input": (int, int, str, str),
-        "add_opset": (str, int),
-        **dict.fromkeys(("add_initializer", "add_input", "add_output"), (str,)),
-        "add_metadata": (str, str),
-    }
-    if any(
-        tuple(map(type, rest)) != kinds.get(kind, tuple(map(type, rest))) for kind, *rest in listed
-    ):
+    if any(tuple(map(type, rest)) != _KINDS[kind] for kind, *rest in listed):
         raise ValueError("an edit of another form")
     if sum(edit[0] == "add_node" for edit in listed) != len(model.graph.node):
         raise ValueError("another number of nodes")
@@ -158,18 +189,22 @@ def _edits(model: ModelProto, listed: list[list[Any]]) -> Iterator[Edit]:
     for kind, *rest in listed:
         match kind:
             case "add_node":
-                yield AddNode(rest[0], next(nodes))
+                yield AddNode(rest[0], next(nodes), _scope(rest[-1]))
+            case "remove_node":
+                yield RemoveNode(rest[0], _scope(rest[-1]))
             case "add_initializer":
                 yield AddInitializer(tensors[rest[0]])
             case "rewire_input":
-                yield RewireInput(*rest)
+                yield RewireInput(rest[0], rest[1], rest[2], rest[3], _scope(rest[4]))
+            case "rename_output":
+                yield RenameOutput(rest[0], rest[1], rest[2], rest[3], _scope(rest[4]))
             case "add_input":
                 yield AddInput(inputs[rest[0]])
             case "add_output":
-                yield AddOutput(outputs[rest[0]])
+                yield AddOutput(outputs[rest[0]], _scope(rest[-1]))
+            case "add_node_output":
+                yield AddNodeOutput(rest[0], rest[1], _scope(rest[2]))
             case "add_opset":
                 yield AddOpsetImport(*rest)
             case "add_metadata":
                 yield AddMetadata(*rest)
-            case _:
-                raise ValueError(f"unknown edit {kind}")

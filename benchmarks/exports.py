@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from atpatch_onnx.certificate import compare
+from atpatch_onnx.comparing import compare
 from atpatch_onnx.errors import AtpatchError
 from atpatch_onnx.model_file import ModelFile
 from atpatch_onnx.passes.graph_view import GraphView

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
+from .functions import PREFIX as INLINED
 from .graph_view import Dim, GraphView
 from .walk import PRODUCTS, is_product, operands, score_inputs
 
@@ -69,7 +70,7 @@ def _module_path(node: NodeProto) -> str:
                 break
             if scopes:
                 return _clean(str(scopes[-1]))
-    path, _, _ = node.name.rpartition("/")
+    path, _, _ = node.name.removeprefix(INLINED).rpartition("/")
     return _clean(path)
 
 

@@ -114,6 +114,12 @@ class Fragment:
         """`value` as another element type."""
         return self.op("Cast", value, name=name, to=elem_type)
 
+    def within(self, name: str) -> Fragment:
+        """This fragment, with a longer prefix."""
+        inner = Fragment(f"{self.prefix}/{name}", self.opset, self.constants)
+        inner._graph = self._graph
+        return inner
+
     def branch(self, name: str) -> Fragment:
         """A fragment for a branch of an `If`; it sees the values of this one."""
         return Fragment(f"{self.prefix}/{name}", self.opset, self.constants)

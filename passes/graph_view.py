@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,7 +10,16 @@ from functools import cached_property
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
+
+from ..edits import Scope
+from .functions import CALL, body
+from .protos import attribute as attribute
+from .protos import domain as domain
+from .protos import graphs_of as graphs_of
+from .protos import int_attribute as int_attribute
+from .protos import read_within as read_within
+from .protos import subgraphs as subgraphs
 
 Dim = int | str | None
 """A dimension: a number, a symbol, or unknown."""
@@ -35,12 +43,18 @@ class Use:
 
 @dataclass(frozen=True, eq=False)
 class GraphView:
-    """The main graph of a model, or a subgraph or function body within it (`scope` says which)."""
+    """The main graph of a model, or a subgraph or called function within it (`scope` says which).
+
+    path: where it lies, see `edits.Scope`; a step `(index, CALL, CALL)` leads into the function
+        that a node calls, whose nodes are here as they would stand in place of the call.
+    outer: the scope around it.
+    """
 
     model: ModelProto
     nodes: list[NodeProto]
     graph: GraphProto | None
     scope: str = "main"
+    path: Scope = ()
     outer: GraphView | None = None
     _constants: dict[str, NDArray[np.generic] | None] = field(default_factory=dict)
 
@@ -50,21 +64,43 @@ class GraphView:
         return cls(model, list(model.graph.node), model.graph)
 
     def nested(self) -> Iterator[GraphView]:
-        """Views of every subgraph, and of every function of the model (from the main view)."""
-        for node in self.nodes:
-            for attribute in node.attribute:
-                graphs = [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
-                for graph in graphs:
-                    scope = f"{self.scope}/{node.name or node.op_type}.{attribute.name}"
-                    view = GraphView(self.model, list(graph.node), graph, scope, self)
-                    yield view
-                    yield from view.nested()
-        if self.outer is None and self.graph is self.model.graph:
-            for function in self.model.functions:
-                scope = f"function {function.name}"
-                view = GraphView(self.model, list(function.node), None, scope)
-                yield view
-                yield from view.nested()
+        """Views of every subgraph, and of the body of every function that is called."""
+        for view in self._inner:
+            yield view
+            yield from view.nested()
+
+    @cached_property
+    def _inner(self) -> list[GraphView]:
+        """The subgraphs and the called functions of this scope's nodes."""
+        found: list[GraphView] = []
+        for i, node in enumerate(self.nodes):
+            name = f"{self.scope}/{node.name or node.op_type}"
+            function = self.functions.get((domain(node), node.op_type))
+            if function is not None:
+                path = (*self.path, (i, CALL, CALL))
+                nodes = body(function, node)
+                found.append(GraphView(self.model, nodes, None, name, path, self))
+                continue
+            for j, held in enumerate(node.attribute):
+                for k, graph in enumerate(graphs_of(held)):
+                    path = (*self.path, (i, j, k))
+                    scope = f"{name}.{held.name}"
+                    found.append(GraphView(self.model, list(graph.node), graph, scope, path, self))
+        return found
+
+    @cached_property
+    def functions(self) -> dict[tuple[str, str], FunctionProto]:
+        """The model's functions by domain and name."""
+        if self.outer is not None:
+            return self.outer.functions
+        return {(domain(f), f.name): f for f in self.model.functions}
+
+    def at(self, path: Scope) -> GraphView:
+        """The view of the graph or body at `path`, which starts from this scope."""
+        view = self
+        for step in path:
+            view = next(inner for inner in view._inner if inner.path[-1] == step)
+        return view
 
     @cached_property
     def opset(self) -> int:
@@ -134,13 +170,12 @@ class GraphView:
 
     @cached_property
     def types(self) -> dict[str, ValueType]:
-        """What shape inference and the model's own value_info know; only for the main graph."""
-        if self.graph is None or self.outer is not None:
+        """What shape inference and the model's own value_info know."""
+        graph = self._inferred.get(self.path)
+        if graph is None:
             return {}
-        graph = self.graph
-        with contextlib.suppress(Exception):  # inference is a help: an odd model must not stop us
-            graph = onnx.shape_inference.infer_shapes(self.model, data_prop=True).graph
-        known = {t.name: ValueType(t.data_type, tuple(t.dims)) for t in graph.initializer}
+        known = {} if self.outer is None else dict(self.outer.types)
+        known |= {t.name: ValueType(t.data_type, tuple(t.dims)) for t in graph.initializer}
         for info in (*graph.value_info, *graph.input, *graph.output):
             tensor = info.type.tensor_type
             if tensor.elem_type:
@@ -152,6 +187,33 @@ class GraphView:
                     )
                 known[info.name] = ValueType(tensor.elem_type, shape)
         return known
+
+    @cached_property
+    def _inferred(self) -> dict[Scope, GraphProto]:
+        """The inferred graphs by path: of the whole model, or of a called function."""
+        from .shapes import infer  # which reads nodes with the functions below
+
+        if self.graph is None:
+            return {(*self.path, *path): graph for path, graph in infer(self._alone()).items()}
+        return infer(self.model) if self.outer is None else self.outer._inferred
+
+    def _alone(self) -> ModelProto:
+        """The body of a called function as a model whose inputs are what it reads."""
+        assert self.outer is not None
+        model = ModelProto(ir_version=self.model.ir_version, opset_import=self.model.opset_import)
+        model.functions.extend(self.model.functions)
+        model.graph.node.extend(self.nodes)
+        for name in dict.fromkeys(name for node in self.nodes for name in node.input):
+            if not name or name in self.producers:
+                continue
+            constant, known = self.constant(name), self.outer.types.get(name)
+            if constant is not None:
+                tensor = onnx.numpy_helper.from_array(constant, name)
+                model.graph.initializer.append(tensor)
+            elif known is not None:
+                value = onnx.helper.make_tensor_value_info(name, known.elem_type, known.shape)
+                model.graph.input.append(value)
+        return model
 
     def shape(self, value: str) -> tuple[Dim, ...] | None:
         """The shape of `value`, as far as it is known."""
@@ -190,6 +252,8 @@ class GraphView:
     def _read_constant(self, value: str) -> NDArray[np.generic] | None:
         tensor = self.initializers.get(value)
         node = self.producer(value)
+        if node is None and tensor is None and self.outer is not None:
+            return self.outer.constant(value)
         if node is not None:
             if node.op_type == "Identity":
                 return self.constant(node.input[0])
@@ -235,36 +299,3 @@ _SAME_RANK = frozenset(
     "Add Sub Mul Div Where Cast Softmax Tanh Identity MatMul FusedMatMul Max Min Clip "
     "IsNaN Dropout BiasSoftmax Concat Slice Exp Neg LayerNormalization Pow Sqrt".split()
 )
-
-
-def attribute(node: NodeProto, name: str) -> AttributeProto | None:
-    """The attribute `name` of a node."""
-    return next((a for a in node.attribute if a.name == name), None)
-
-
-def int_attribute(node: NodeProto, name: str, default: int) -> int:
-    """An integer attribute, or its default."""
-    found = attribute(node, name)
-    return default if found is None else int(found.i)
-
-
-def subgraphs(node: NodeProto) -> list[GraphProto]:
-    """The graphs in a node's attributes (`If`, `Loop`, `Scan`, generation operators)."""
-    return [g for a in node.attribute for g in ([a.g] if a.HasField("g") else []) + list(a.graphs)]
-
-
-def read_within(node: NodeProto) -> set[str]:
-    """The names that a node's subgraphs read, their own and captured ones."""
-    graphs = subgraphs(node)
-    read: set[str] = set()
-    for graph in graphs:  # grows by the graphs within
-        for inner in graph.node:
-            read.update(inner.input)
-            graphs += subgraphs(inner)
-        read.update(value.name for value in graph.output)
-    return read
-
-
-def domain(node: NodeProto) -> str:
-    """The operator domain, "" for the default one however it is spelt."""
-    return "" if node.domain == "ai.onnx" else node.domain

@@ -11,7 +11,8 @@ from ..detector import Detector
 from ..edits import AddInitializer, AddOpsetImport, Edit
 from ..errors import InputError, RefusedError
 from .fragment import Constants
-from .graph_view import GraphView, subgraphs
+from .graph_view import GraphView
+from .renaming import renamed
 
 
 class Inliner:
@@ -39,7 +40,7 @@ class Inliner:
             bound["layer"] = self.constants.add(f"layer{layer}", np.array(layer, np.int64))
         for name in detector.extra_inputs:
             bound[name] = self._bound(detector, name, before)
-        nodes = [_copy(node, f"{prefix}/detector", bound) for node in graph.node]
+        nodes = [renamed(node, f"{prefix}/detector", bound) for node in graph.node]
         outputs = {v.name: bound.get(v.name, f"{prefix}/detector/{v.name}") for v in graph.output}
         return nodes, outputs["anomaly"], outputs.get("benign")
 
@@ -118,28 +119,3 @@ def _renamed(graph: GraphProto, prefix: str) -> dict[str, TensorProto]:
         copy.name = f"{prefix}/{tensor.name}"
         copies[tensor.name] = copy
     return copies
-
-
-def _copy(node: NodeProto, prefix: str, bound: Mapping[str, str]) -> NodeProto:
-    copy = NodeProto()
-    copy.CopyFrom(node)
-    _rename(copy, prefix, bound)
-    return copy
-
-
-def _rename(node: NodeProto, prefix: str, bound: Mapping[str, str]) -> None:
-    def new(name: str) -> str:
-        return name and bound.get(name, f"{prefix}/{name}")
-
-    node.name = f"{prefix}/{node.name or next(filter(None, node.output), node.op_type)}"
-    node.input[:] = [new(name) for name in node.input]
-    node.output[:] = [new(name) for name in node.output]
-    for graph in subgraphs(node):
-        # Names are unique over nested graphs (ONNX IR, "Names within a graph"), so that one
-        # mapping serves what a subgraph captures and what it makes.
-        for value in (*graph.input, *graph.output, *graph.value_info):
-            value.name = new(value.name)
-        for tensor in graph.initializer:
-            tensor.name = new(tensor.name)
-        for inner in graph.node:
-            _rename(inner, prefix, bound)

@@ -1,7 +1,8 @@
 """Find every attention site of a model, and say of every other softmax and fused op what it is.
 
 One structural locator: anchor on a softmax over the last axis, walk back to Q K^T and forward to
-P V (`walk`). Fused operators, subgraphs and functions are searched too, and refused by name.
+P V (`walk`). A fused operator is a site if it can be opened (`opening`). Subgraphs and called
+functions are searched too.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ from dataclasses import dataclass
 
 from onnx import ModelProto, NodeProto, TensorProto
 
+from ..edits import Scope
 from .describe import SiteFacts, describe_site, site_names
+from .functions import PREFIX as INLINED
 from .graph_view import GraphView, Use, attribute, domain, int_attribute
+from .opening.opening import Closed, Opening, op_name
+from .opening.registry import is_fused, open_fused
 from .walk import Step, describe, downstream, find_changed, find_contexts, find_scores
 
 FLOATS: dict[int, str] = {
@@ -22,20 +27,8 @@ FLOATS: dict[int, str] = {
     TensorProto.DOUBLE: "float64",
 }
 
-FUSED = frozenset(
-    "Attention MultiHeadAttention GroupQueryAttention PackedAttention "
-    "PackedMultiHeadAttention QAttention QOrderedAttention DecoderAttention "
-    "DecoderMaskedMultiHeadAttention DecoderMaskedSelfAttention LongformerAttention "
-    "QOrderedLongformerAttention SparseAttention PagedAttention FlexAttention "
-    "LinearAttention".split()
-)
-"""Operators that hold a whole attention: ONNX, its preview domain and com.microsoft."""
-
-_EXPORT_UNFUSED = (
-    "export the model with attn_implementation='eager', or at an opset below 23, and without "
-    "offline graph optimization"
-)
-
+PREFIX = "atpatch/"
+"""Before the names of what a patch brings."""
 
 _EXPORT_FLAT = (
     "export the branches as separate models (for example decoder and decoder_with_past), or inline "
@@ -45,17 +38,21 @@ _EXPORT_FLAT = (
 
 @dataclass(frozen=True)
 class Site:
-    """One place where probabilities `[B, H, Q, K]` multiply V, in plain nodes.
+    """One place where probabilities `[B, H, Q, K]` multiply V: plain nodes, or a fused operator.
 
     name: unique within the model, from its module path where the exporter left one.
     index: position among the model's sites, in graph order.
-    form: how the probabilities are computed: "softmax" or "exp-sum-div", with their rank.
-    scope: the graph that holds it; "main".
-    node: index of the node that ends the softmax.
-    probabilities: the value that a splice replaces, in float, keys on its last axis.
-    uses: the input slots that lead from it to P V.
-    elem_type, rank: its ONNX element type and rank.
+    form: how the probabilities are computed: "softmax" or "exp-sum-div" with their rank, or the
+        fused operator.
+    scope: the graph that holds it, in words; "main".
+    node: index of the node that ends the softmax, or of the fused operator.
+    probabilities: the value that a splice replaces, in float, keys on its last axis; of a fused
+        operator its first output, which is made from them.
+    uses: the input slots that lead from the probabilities to P V; none for a fused operator.
+    elem_type, rank: ONNX element type and rank of the probabilities.
     facts: what else is known: heads, shape, causal, cross.
+    path: where the graph that holds it lies, see `edits.Scope`.
+    opening: how a fused operator is opened.
     """
 
     name: str
@@ -68,6 +65,13 @@ class Site:
     elem_type: int
     rank: int
     facts: SiteFacts
+    path: Scope = ()
+    opening: Opening | None = None
+
+    @property
+    def before(self) -> int:
+        """The node of its graph before which a patch decides: there the probabilities are known."""
+        return self.node + 1 if self.opening else min(use.node for use in self.uses)
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class Sites:
 
 
 def locate(model: ModelProto) -> Sites:
-    """Search the main graph, every subgraph and every function of `model`."""
+    """Search the main graph, every subgraph and every called function of `model`."""
     view = GraphView.of(model)
     found: list[tuple[GraphView, _Candidate]] = []
     others: list[Other] = []
@@ -120,16 +124,16 @@ def locate(model: ModelProto) -> Sites:
         Site(
             name=name,
             index=index,
-            form=f"{candidate.form} {candidate.rank}-D",
+            form=candidate.form,
             scope=scope.scope,
             node=candidate.node,
             probabilities=candidate.probabilities,
             uses=candidate.uses,
             elem_type=candidate.elem_type,
             rank=candidate.rank,
-            facts=describe_site(
-                scope, candidate.probabilities, candidate.rank, candidate.scores, candidate.logits
-            ),
+            facts=candidate.facts,
+            path=scope.path,
+            opening=candidate.opening,
         )
         for index, (name, (scope, candidate)) in enumerate(zip(names, found, strict=True))
     ]
@@ -138,7 +142,7 @@ def locate(model: ModelProto) -> Sites:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A site before it has a name; `scores` is the Q K^T node, `logits` the softmax input."""
+    """A site before it has a name."""
 
     form: str
     node: int
@@ -146,8 +150,8 @@ class _Candidate:
     uses: tuple[Use, ...]
     elem_type: int
     rank: int
-    scores: NodeProto
-    logits: str
+    facts: SiteFacts
+    opening: Opening | None = None
 
 
 @dataclass(frozen=True)
@@ -162,8 +166,10 @@ class _Anchor:
 
 def _search(view: GraphView) -> Iterator[_Candidate | Other]:
     for index, node in enumerate(view.nodes):
-        if node.op_type in FUSED:
-            yield _fused(view, node)
+        if _is_ours(node.name):
+            continue
+        if is_fused(node):
+            yield _fused(view, index, node)
         elif node.op_type == "LogSoftmax":
             yield _other(view, node, "a log-softmax is a loss or a classifier, not attention")
         elif (anchor := _anchor(view, index, node)) is not None:
@@ -246,8 +252,6 @@ def _candidate(view: GraphView, anchor: _Anchor) -> _Candidate | Other:
         reason = f"a patch needs operators that opset {view.opset} does not have"
         fix = "convert the model with onnx.version_converter.convert_version(model, 13)"
         return _refused(view, node, reason, fix)
-    if view.scope != "main":
-        return _refused(view, node, f"an attention site inside {view.scope}", _EXPORT_FLAT)
     step, uses = _splice_point(view, paths)
     if step is None:
         return _refused(
@@ -265,9 +269,9 @@ def _candidate(view: GraphView, anchor: _Anchor) -> _Candidate | Other:
             f"the type or rank of its probabilities '{step.value}' cannot be inferred",
             "run onnx.shape_inference.infer_shapes_path on the model and patch the result",
         )
-    return _Candidate(
-        anchor.form, anchor.node, step.value, uses, elem_type, rank, scores, anchor.logits
-    )
+    facts = describe_site(view, step.value, rank, scores, anchor.logits)
+    form = f"{anchor.form} {rank}-D"
+    return _Candidate(form, anchor.node, step.value, uses, elem_type, rank, facts)
 
 
 def _splice_point(view: GraphView, paths: list[list[Step]]) -> tuple[Step | None, tuple[Use, ...]]:
@@ -307,15 +311,15 @@ def _refused(view: GraphView, node: NodeProto, reason: str, fix: str) -> Other:
     return Other(node.name or node.output[0], node.op_type, view.scope, reason, fix)
 
 
-def _fused(view: GraphView, node: NodeProto) -> Other:
-    kind = f"{node.domain}." if domain(node) else "ONNX "
-    what = "computes no attention map" if "Linear" in node.op_type else "hides its probabilities"
-    return _refused(
-        view,
-        node,
-        f"the fused operator {kind}{node.op_type} {what}",
-        _EXPORT_UNFUSED,
-    )
+def _fused(view: GraphView, index: int, node: NodeProto) -> _Candidate | Other:
+    opening = open_fused(view, node)
+    name = op_name(node)
+    if isinstance(opening, Closed):
+        return _refused(view, node, f"the fused operator {name} {opening.reason}", opening.fix)
+    if _is_ours(node.output[0]):
+        return _refused(view, node, "it is patched already", "revert the model first")
+    facts = SiteFacts(opening.heads, opening.shape, opening.causal, opening.cross)
+    return _Candidate(name, index, node.output[0], (), opening.elem_type, 4, facts, opening)
 
 
 def _is_patched(view: GraphView, probabilities: str) -> bool:
@@ -323,4 +327,9 @@ def _is_patched(view: GraphView, probabilities: str) -> bool:
     readers = list(downstream(view, probabilities))
     ways = {probabilities, *(name for reader in readers for name in reader.output)}
     capturing = [node for name in ways for node in view.captured.get(name, ())]
-    return any(node.name.startswith("atpatch/") for node in (*readers, *capturing))
+    return any(_is_ours(node.name) for node in (*readers, *capturing))
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a patch brought what has that name; bodies of functions were there before."""
+    return name.startswith(PREFIX) and not name.startswith(INLINED)

@@ -26,7 +26,7 @@ from .fragment import Constants, Fragment
 from .graph_view import Dim, GraphView, Use, read_within
 from .locate import Site
 from .redistribute import Redistribution, redistribute
-from .views import as_before, view_4d
+from .views import OPENED, as_before, view_4d
 
 PREFIX = "atpatch/rerun"
 AGAIN = f"{PREFIX}/again"
@@ -53,12 +53,16 @@ class Plan:
 
 def plan_rerun(view: GraphView, sites: Sequence[Site], detecting: Sequence[Site]) -> Plan | str:
     """What to run again if a site of `detecting` flags something; or why it cannot be done."""
+    if any(site.path for site in detecting):
+        return "a site with a detector lies inside a branch, a loop or a function"
     if any(site.rank == 5 or (_single(site) and _batch(site) is None) for site in detecting):
         return "the graph does not say which maps belong to which sample"
     keys = {_keys(site) for site in detecting} - {None}
     if len(keys) > 1 or any(site.facts.cross for site in detecting):
         return "the sites with a detector do not all attend to the same keys"
-    pruned = tuple(s for s in sites if _keys(s) in {None, *keys} and not s.facts.cross)
+    pruned = tuple(
+        s for s in sites if _keys(s) in {None, *keys} and not s.facts.cross and not s.path
+    )
     changed = _downstream(view, pruned)
     ends: dict[str, list[Use]] = {}
     for output in view.outputs & changed:
@@ -151,6 +155,7 @@ def _then(
     nodes: list[NodeProto] = []
     again: dict[str, str] = {}
     by_value = {site.probabilities: site for site in plan.sites}
+    fused = {site.node: site for site in plan.sites if site.opening}
     pruned: dict[str, str] = {}
     reads = {(use.node, use.slot) for site in plan.sites for use in site.uses}
     for index in plan.nodes:
@@ -173,6 +178,11 @@ def _then(
             if name:
                 again[name] = copy.output[slot] = f"{AGAIN}/{name}"
         nodes.append(copy)
+        if index in fused:
+            f = Fragment(f"{PREFIX}/{fused[index].name}", view.opset, constants)
+            output = _opened(f, fused[index], columns, sample, mode)
+            nodes += [_reading(node, again) for node in f.nodes()]
+            again[fused[index].probabilities] = output
     reshaping = Fragment(f"{PREFIX}/masks", view.opset, constants)
     choosing = Fragment(f"{PREFIX}/ends", view.opset, constants)
     for number, end in enumerate(ends):
@@ -182,6 +192,22 @@ def _then(
         mask = reshaping.op("Reshape", sample, shape, name=f"sample{number}")
         choosing.op("Where", mask, again.get(end, end), end, name=f"value{number}")
     return nodes + reshaping.nodes() + choosing.nodes()
+
+
+def _opened(f: Fragment, site: Site, columns: str, sample: str, mode: Redistribution) -> str:
+    """The output of a fused operator with the columns pruned, in the first run's values."""
+    assert site.opening is not None
+    whole = view_4d(f, site)
+    new = redistribute(f, whole, columns, sample, None, mode, site.elem_type)
+    opened = f.within(OPENED)
+    output = site.opening.output(opened, new)
+    return site.opening.choose(opened, sample, output, site.probabilities)
+
+
+def _reading(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
+    """A node with other names for what it reads."""
+    node.input[:] = [names.get(name, name) for name in node.input]
+    return node
 
 
 def _single(site: Site) -> bool:
@@ -201,6 +227,7 @@ def _keys(site: Site) -> Dim:
 def _downstream(view: GraphView, sites: Sequence[Site]) -> set[str]:
     """The values that change with the probabilities of any of the sites."""
     queue = [n for s in sites for u in s.uses for n in view.nodes[u.node].output if n]
+    queue += [site.probabilities for site in sites if site.opening]
     found = set(queue)
     for value in queue:
         readers = [view.nodes[use.node] for use in view.consumers.get(value, [])]

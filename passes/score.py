@@ -8,12 +8,13 @@ from onnx import TensorProto
 
 from ..detector import Detector
 from ..edits import AddNode, Edit
+from .calls import unfold
+from .expose import expose
 from .fragment import Constants, Fragment, as_stored
 from .graph_view import GraphView
 from .inline import Inliner
 from .locate import Site
-from .probe import add_output
-from .views import view_4d
+from .views import sampled
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,13 @@ class Score:
         outputs: dict[str, str] = {}
         for site in sites:
             f = Fragment(f"atpatch/{site.name}", view.opset, constants)
-            before = min(use.node for use in site.uses)
-            attention = f.cast(view_4d(f, site), TensorProto.FLOAT, "attention")
+            seen = sampled(f, site, self.detector.rows)
+            attention = f.cast(seen, TensorProto.FLOAT, "attention")
+            outermost = site.path[0][0] if site.path else site.before
             layer = self.detector.layer_of(site.name, site.index) or 0
-            nodes, anomaly, _ = inliner.place(self.detector, f.prefix, attention, layer, before)
-            edits += [AddNode(before, node) for node in [*f.nodes(), *nodes]]
-            edits.append(add_output(anomaly, TensorProto.FLOAT))
-            outputs[site.name] = anomaly
-        shared = (*constants.edits(), *inliner.edits)
-        return list(as_stored((*shared, *edits), view.model.ir_version)), outputs
+            nodes, anomaly, _ = inliner.place(self.detector, f.prefix, attention, layer, outermost)
+            edits += [AddNode(site.before, node, site.path) for node in [*f.nodes(), *nodes]]
+            exposed, outputs[site.name] = expose(view, site.path, anomaly, TensorProto.FLOAT, 4)
+            edits += exposed
+        every = unfold(view, (*constants.edits(), *inliner.edits, *edits))
+        return list(as_stored(every, view.model.ir_version)), outputs

@@ -10,20 +10,27 @@
    CUDA. Strategy `guard`: the same inside an `If` on whether anything is flagged: cheaper on CPU.
 5. The input slots of the nodes that lead to P V read the result instead of P.
 
+A fused operator stays where it is, and is opened beside it: its probabilities feed the detector,
+and the output of flagged samples is made from redistributed ones. Strategy `guard` does that inside
+the `If` too, and `rows` lets the detector see a few query rows, so that only these are computed.
+Inserted nodes make the operator's output under its old name (one renamed output).
+
 Strategy `rerun` leaves P V alone: see its module.
 
-Where nothing is flagged in a sample its probabilities pass bit for bit, by selection.
+Where nothing is flagged in a sample its probabilities, or the output of its fused operator, pass
+bit for bit, by selection.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
-from onnx import TensorProto, helper
+from onnx import NodeProto, TensorProto, helper
 
+from ..compiling import RECORD_KEY
 from ..detector import Detector
 from ..edits import (
     AddInitializer,
@@ -31,18 +38,21 @@ from ..edits import (
     AddNode,
     AddOutput,
     Edit,
+    RenameOutput,
     RewireInput,
 )
 from ..errors import InputError, RefusedError
-from ..patching import RECORD_KEY
+from .calls import unfold
+from .expose import expose, is_reachable
 from .fragment import Constants, Fragment, as_stored
 from .graph_view import GraphView
 from .inline import Inliner
 from .locate import Site
 from .outcome import Outcome, PassResult, Patched, Skipped
 from .redistribute import Redistribution, redistribute
+from .remember import recall, remember
 from .rerun import add_rerun, plan_rerun
-from .views import as_before, view_4d
+from .views import OPENED, as_before, sampled, view_4d
 
 ENABLED = "atpatch/enabled"
 THRESHOLD = "atpatch/threshold"
@@ -91,6 +101,8 @@ class Splice:
     toggle: add overridable inputs `atpatch/enabled` (bool) and `atpatch/threshold` (float32; one
         for each site, `atpatch/<site>/threshold`, where sites have different ones).
     bindings: host values for further detector inputs, by input name.
+    remember: add an overridable input and an output that carry flagged columns from run to run
+        (see `remember`).
     """
 
     treatments: Mapping[str, Treatment]
@@ -98,6 +110,7 @@ class Splice:
     telemetry: bool = False
     toggle: bool = False
     bindings: Mapping[str, str] = field(default_factory=dict)
+    remember: bool = False
 
     def __call__(self, view: GraphView, sites: tuple[Site, ...]) -> PassResult:
         """The edits and an outcome for each of `sites`. Raises: InputError."""
@@ -138,35 +151,43 @@ class _Splicing:
                 outcomes.append(Skipped(site.name, reasons[site.name]))
             else:
                 outcomes.append(self.patch(site, treatment))
+        own = tuple(outcomes)
         if self.options.strategy is Strategy.RERUN:
             outcomes = self.rerun(sites, outcomes)
+        if self.options.remember:
+            self.remember(sites, own)
         if self.options.toggle and any(isinstance(o, Patched) for o in outcomes):
             self.edits += [
                 AddInitializer(helper.make_tensor(ENABLED, TensorProto.BOOL, [], [True])),
                 AddInput(helper.make_tensor_value_info(ENABLED, TensorProto.BOOL, [])),
             ]
         shared = (*self.constants.edits(), *self.inliner.edits)
-        edits = as_stored((*shared, *self.edits), self.view.model.ir_version)
-        return PassResult(edits, tuple(outcomes))
+        edits = unfold(self.view, (*shared, *self.edits))
+        return PassResult(as_stored(edits, self.view.model.ir_version), tuple(outcomes))
 
     def patch(self, site: Site, treatment: Treatment) -> Patched:
         """The edits for one site."""
         prefix = f"atpatch/{site.name}"
-        before = min(use.node for use in site.uses)
-        f = Fragment(prefix, self.view.opset, self.constants)
-        whole = view_4d(f, site)
+        view = self.view.at(site.path)
+        detector = treatment.detector
+        f = Fragment(prefix, view.opset, self.constants)
+        rows = None if detector is None else detector.rows
+        lazily = rows is not None and site.opening and self.strategy(site) is Strategy.GUARD
+        whole = None if lazily else view_4d(f, site)
         nodes = []
         benign = None
-        if treatment.detector is None:
-            flagged = self.static_columns(f, site, treatment, whole)
+        if detector is None:
+            flagged = self.static_columns(f, site, treatment, whole or "")
         else:
+            seen = sampled(f, site, rows, whole)
             narrow = site.elem_type != TensorProto.FLOAT
-            attention = f.cast(whole, TensorProto.FLOAT, "attention") if narrow else whole
+            attention = f.cast(seen, TensorProto.FLOAT, "attention") if narrow else seen
             nodes += f.nodes()
-            f = Fragment(prefix, self.view.opset, self.constants)
-            layer = treatment.detector.layer_of(site.name, site.index) or 0
+            f = Fragment(prefix, view.opset, self.constants)
+            layer = detector.layer_of(site.name, site.index) or 0
+            outermost = site.path[0][0] if site.path else site.before
             copied, anomaly, benign = self.inliner.place(
-                treatment.detector, prefix, attention, layer, before
+                detector, prefix, attention, layer, outermost
             )
             nodes += copied
             threshold = self.threshold(f, site, treatment)
@@ -174,21 +195,24 @@ class _Splicing:
             flagged = f.op("Greater", anomaly, threshold, name=above)
             if self.options.toggle:
                 flagged = f.op("And", flagged, ENABLED, name="flagged")
+        if self.options.remember:
+            flagged = recall(f, flagged)
         if treatment.redistribution is not Redistribution.BENIGN:
             benign = None
         if self.options.strategy is Strategy.RERUN:
-            self.edits += [AddNode(before, node) for node in (*nodes, *f.nodes())]
+            self.insert(site, [*nodes, *f.nodes()])
         else:
             result = self.redistributed(f, site, treatment, whole, flagged, benign)
             result = self.requantized(f, site, result)
-            nodes += f.nodes()
-            self.edits += [AddNode(before, node) for node in nodes]
-            uses = site.uses
-            self.edits += [RewireInput(u.node, u.slot, site.probabilities, result) for u in uses]
-        if self.options.telemetry:
+            self.insert(site, [*nodes, *f.nodes()])
+            self.replace(site, result)
+        if self.options.telemetry and not site.path:
             shape: list[str | int | None] = [f"{prefix}/N", f"{prefix}/H", 1, f"{prefix}/K"]
             value = helper.make_tensor_value_info(flagged, TensorProto.BOOL, shape)
             self.edits.append(AddOutput(value))
+        elif self.options.telemetry and is_reachable(self.view, site.path):
+            edits, flagged = expose(self.view, site.path, flagged, TensorProto.BOOL, 4)
+            self.edits += edits
         return Patched(
             site.name,
             flagged,
@@ -196,6 +220,38 @@ class _Splicing:
             self.strategy(site).value,
             treatment.effective_threshold,
         )
+
+    def insert(self, site: Site, nodes: Sequence[NodeProto]) -> None:
+        """Add nodes at a site."""
+        self.edits += [AddNode(site.before, node, site.path) for node in nodes]
+
+    def replace(self, site: Site, result: str) -> None:
+        """Let `result` take the place of the site's probabilities, or of its fused output."""
+        path, old = site.path, site.probabilities
+        if site.opening is None:
+            self.edits += [RewireInput(u.node, u.slot, old, result, path) for u in site.uses]
+            return
+        name = f"atpatch/{site.name}/output"
+        self.insert(site, [helper.make_node("Identity", [result], [old], name)])
+        self.edits.append(RenameOutput(site.node, 0, old, _fused(site), path))
+
+    def remember(self, sites: tuple[Site, ...], outcomes: Sequence[Outcome]) -> None:
+        """Add the input and the output that carry flagged columns. Raises: RefusedError."""
+        by_name = {site.name: site for site in sites}
+        flagged = {o.site: o.flagged for o in outcomes if isinstance(o, Patched)}
+        if self.view.model.ir_version < 4 or self.view.opset < 10:
+            raise RefusedError(
+                f"--remember needs IR version 4 and opset 10, the model has IR version "
+                f"{self.view.model.ir_version} and opset {self.view.opset}: export it again"
+            )
+        inner = next((by_name[name] for name in flagged if by_name[name].path), None)
+        if inner is not None:
+            raise RefusedError(
+                f"--remember carries the columns of a decoder's own cache, and '{inner.name}' is "
+                f"in {inner.scope}: choose sites in the main graph with --sites"
+            )
+        end = len(self.view.nodes)
+        self.edits += remember(self.constants, self.view.opset, list(flagged.values()), end)
 
     def rerun(self, sites: tuple[Site, ...], outcomes: list[Outcome]) -> list[Outcome]:
         """Add the second run; the outcomes, with the sites that are pruned in it."""
@@ -221,31 +277,40 @@ class _Splicing:
         f: Fragment,
         site: Site,
         treatment: Treatment,
-        whole: str,
+        whole: str | None,
         flagged: str,
         benign: str | None,
     ) -> str:
-        """The new probabilities in the host's rank, computed as the strategy says."""
+        """What takes the place of the probabilities or of the fused output.
+
+        whole: the map; None where it is only to be computed if something is flagged.
+        """
         ones = f.cast(flagged, TensorProto.FLOAT, "flagged_ones")
         largest = f.axes_op("ReduceMax", ones, [1, 2, 3], "sample_flagged_ones", keepdims=1)
         sample = f.cast(largest, TensorProto.BOOL, "sample_flagged")
 
         def inside(g: Fragment) -> str:
+            there = whole or view_4d(g, site)
             new = redistribute(
-                g, whole, flagged, sample, benign, treatment.redistribution, site.elem_type
+                g, there, flagged, sample, benign, treatment.redistribution, site.elem_type
             )
-            return as_before(g, site, new)
+            if site.opening is None:
+                return as_before(g, site, new)
+            opened = g.within(OPENED)
+            output = site.opening.output(opened, new)
+            return site.opening.choose(opened, sample, output, _fused(site))
 
         if self.strategy(site) is Strategy.SELECT:
             return inside(f)
         then, other = f.branch("if_flagged"), f.branch("if_clean")
         new = inside(then)
-        same = other.op("Identity", site.probabilities, name="probabilities")
+        original = site.probabilities if site.opening is None else _fused(site)
+        same = other.op("Identity", original, name="unchanged")
         batch = f.axes_op("ReduceMax", largest, [0, 1, 2, 3], "any_flagged_ones", keepdims=0)
         return f.op(
             "If",
             f.cast(batch, TensorProto.BOOL, "any_flagged"),
-            name="guarded_probabilities",
+            name="guarded",
             then_branch=then.subgraph(new, site.elem_type),
             else_branch=other.subgraph(same, site.elem_type),
         )
@@ -256,7 +321,7 @@ class _Splicing:
         P V follows a DequantizeLinear there, and the runtime computes the two in integers; that
         must stay so, also for what is not flagged. Values on the grid stay where they are.
         """
-        node = self.view.producer(site.probabilities)
+        node = self.view.at(site.path).producer(site.probabilities)
         if node is None or node.op_type != "DequantizeLinear":
             return result
         scale = node.input[1:]
@@ -331,6 +396,11 @@ class _Splicing:
         row = f.axes_op("ReduceMax", rows, [0], "column_row", keepdims=1)
         mask = f.axes_op("Unsqueeze", row, [0, 1], "column_mask")
         return f.cast(mask, TensorProto.BOOL, "columns")
+
+
+def _fused(site: Site) -> str:
+    """The name that the first output of a fused operator gets."""
+    return f"atpatch/{site.name}/fused"
 
 
 def _skip(site: Site, treatment: Treatment | None) -> str:

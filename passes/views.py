@@ -1,9 +1,13 @@
-"""A site's probabilities, of whatever rank, as detectors and redistribution want them."""
+"""A site's probabilities, of whatever rank, as detectors and redistribution want them, and back."""
 
 from __future__ import annotations
 
 from .fragment import Fragment
 from .locate import Site
+from .opening.steps import length, spread_rows, take_rows
+
+OPENED = "opened"
+"""Before the names of nodes that a fused operator is opened into."""
 
 
 def view_4d(f: Fragment, site: Site) -> str:
@@ -12,6 +16,8 @@ def view_4d(f: Fragment, site: Site) -> str:
     A 3-D map `[B*H, Q, K]` needs the number of heads; where nobody knows it, every head is taken
     for a sample of its own.
     """
+    if site.opening is not None:
+        return site.opening.probabilities(f.within(OPENED))
     value = site.probabilities
     if site.rank == 4:
         return value
@@ -28,6 +34,20 @@ def view_4d(f: Fragment, site: Site) -> str:
         tail = f.slice(shape, 2, 5, 0, "heads_queries_keys")
         target = f.op("Concat", f.ints(-1), tail, name="map_shape", axis=0)
     return f.op("Reshape", value, target, name="map")
+
+
+def sampled(f: Fragment, site: Site, rows: int | None, whole: str | None = None) -> str:
+    """What a detector sees: the map, or `rows` query rows of it, `[B, H, rows, K]`.
+
+    whole: the map, where it is there already; a fused operator then computes no other.
+    """
+    if rows is None:
+        return whole or view_4d(f, site)
+    if whole is None and site.opening is not None:
+        return site.opening.probabilities(f.within(OPENED), rows)
+    whole = whole or view_4d(f, site)
+    indices = spread_rows(f, length(f, whole, 2, "queries"), rows)
+    return take_rows(f, whole, indices, 4, "sampled")
 
 
 def as_before(f: Fragment, site: Site, whole: str) -> str:

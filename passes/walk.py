@@ -8,7 +8,7 @@ keep or mask the probabilities, and a product with another activation over the k
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onnx import NodeProto
 
@@ -34,6 +34,9 @@ _SCORE_SLOTS: dict[str, tuple[int, ...] | None] = {
         (0,),
     ),
     **dict.fromkeys(("ScatterND", "ScatterElements"), (0, 2)),
+    **dict.fromkeys(("QLinearAdd", "QLinearMul"), (0, 3)),
+    "QLinearWhere": (1, 4),
+    "QLinearConcat": (2, 5, 8),
 }
 """Nodes between Q K^T and the softmax, with the slots through which scores pass."""
 
@@ -46,15 +49,20 @@ _PROBABILITY_SLOTS: dict[str, tuple[int, ...] | None] = {
         "QuantizeLinear DequantizeLinear DynamicQuantizeLinear".split(),
         (0,),
     ),
+    "QLinearMul": (0, 3),
+    "QLinearWhere": (1, 4),
 }
 """Nodes between the softmax and P V, with the slots through which probabilities pass."""
 
 _CHANGING = frozenset(
     "Pad Gather GatherElements GatherND ScatterND ScatterElements Concat Trilu Flatten Add Sub Sum "
     "Neg Abs Sqrt Pow Exp Log Clip Relu Sigmoid Tanh Max Min Conv LayerNormalization "
-    "BatchNormalization InstanceNormalization".split()
+    "BatchNormalization InstanceNormalization QLinearAdd QLinearConcat".split()
 )
 """Further nodes between the softmax and P V: what comes out is no longer the map over the keys."""
+
+_GRIDS = {"QuantizeLinear": 1, "QLinearSoftmax": 3, "QLinearMul": 6, "QLinearWhere": 7}
+"""Nodes that make integers, with the slot of their result's scale; the zero point is the next."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +70,14 @@ class Step:
     """A value on the way from the softmax to P V, and the input slot that reads it next.
 
     axis: where the keys lie, counted from the end (-1: last).
-    quantized: the value holds integers with a scale.
+    grid: scale, and zero point if there is one, of what was quantised.
+    quantized: the value holds integers; else, if it has a grid, what they were dequantised to.
     """
 
     value: str
     use: Use
     axis: int
+    grid: tuple[str, ...]
     quantized: bool
 
 
@@ -115,27 +125,40 @@ def find_scores(view: GraphView, start: str) -> tuple[NodeProto | None, str]:
 
 def find_contexts(view: GraphView, start: str) -> Iterator[list[Step]]:
     """Every way from the softmax output `start` to a product with V over the key axis."""
-    stack: list[tuple[str, int, bool, list[Step]]] = [(start, -1, False, [])]
+    first = Step(start, Use(-1, 0), -1, (), False)
+    anchor = view.producer(start)
+    stack = [(first if anchor is None else _made(anchor, start, -1, first), list[Step]())]
     seen = {start}
     while stack:
-        value, axis, quantized, path = stack.pop()
-        for use in view.consumers.get(value, []):
+        here, path = stack.pop()
+        for use in view.consumers.get(here.value, []):
             node = view.nodes[use.node]
-            steps = [*path, Step(value, use, axis, quantized)]
+            steps = [*path, replace(here, use=use)]
             if node.op_type in PRODUCTS:
-                if is_product(view, node) and _contracts(node, use.slot, axis):
+                if is_product(view, node) and _contracts(node, use.slot, here.axis):
                     yield steps
                 continue
             slots = _PROBABILITY_SLOTS.get(node.op_type, ())
             if slots is not None and use.slot not in slots:
                 continue
-            for moved, next_axis in _through(view, node, value, axis):
+            for moved, axis in _through(view, node, here.value, here.axis):
                 if moved not in seen and len(steps) < 16:
                     seen.add(moved)
-                    integers = node.op_type != "DequantizeLinear" and (
-                        quantized or node.op_type.endswith("QuantizeLinear")
-                    )
-                    stack.append((moved, next_axis, integers, steps))
+                    stack.append((_made(node, moved, axis, here), steps))
+
+
+def _made(node: NodeProto, value: str, axis: int, before: Step) -> Step:
+    """The step of a `value` that `node` makes from that of the step `before`."""
+    grid, quantized = before.grid, before.quantized
+    if node.op_type == "DequantizeLinear":
+        quantized = False
+    elif node.op_type == "DynamicQuantizeLinear":
+        grid, quantized = tuple(node.output[1:3]), True
+    elif (slot := _GRIDS.get(node.op_type)) is not None:
+        grid, quantized = tuple(name for name in node.input[slot : slot + 2] if name), True
+    elif node.op_type in ("Mul", "Div", "Where") or int_attribute(node, "to", 1) != 1:
+        grid = ()
+    return Step(value, before.use, axis, grid, quantized)
 
 
 def downstream(view: GraphView, start: str, limit: int = 64) -> Iterator[NodeProto]:
@@ -148,7 +171,7 @@ def downstream(view: GraphView, start: str, limit: int = 64) -> Iterator[NodePro
             node = view.nodes[use.node]
             yield node
             if node.op_type in _PROBABILITY_SLOTS:
-                new = [name for name in node.output if name and name not in seen]
+                new = [name for name in _carried(node) if name not in seen]
                 seen.update(new)
                 queue += new
 
@@ -167,12 +190,18 @@ def find_changed(view: GraphView, start: str) -> NodeProto | None:
                 continue
             changes = node.op_type in _CHANGING or product  # by a weight: talking heads
             if changes or node.op_type in _PROBABILITY_SLOTS:
-                new = [name for name in node.output if name and name not in seen]
+                new = [name for name in _carried(node) if name not in seen]
                 seen.update(new)
                 queue += [(name, by or (node if changes else None)) for name in new]
         if len(queue) > 64:
             break
     return None
+
+
+def _carried(node: NodeProto) -> list[str]:
+    """The outputs that hold what came in, as against its scale or a mask."""
+    outputs = list(node.output) if node.op_type == "Split" else list(node.output[:1])
+    return [name for name in outputs if name]
 
 
 def _through(view: GraphView, node: NodeProto, value: str, axis: int) -> Iterator[tuple[str, int]]:

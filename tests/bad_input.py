@@ -51,9 +51,10 @@ MODELS = {
     "masked": MASKED,
     "other": HOST.replace("host", "other"),
     "none": PLAIN + "{ y = Softmax<axis=-1>(x) }",
-    "fused": FUSED + "{ y = com.microsoft.MultiHeadAttention<num_heads=2>(x, x, x) }",
-    "quantised": FUSED + "{ y = com.microsoft.QAttention<num_heads=2>(x, x, x) }",
-    "standard": PLAIN.replace("17", "23").replace("N,4", "N,2,5,4") + "{ y = Attention(x, x, x) }",
+    "fused": FUSED + "{ y = com.microsoft.SparseAttention<num_heads=2>(x, x, x) }",
+    "quantised": FUSED + "{ y = com.microsoft.QOrderedAttention<num_heads=2>(x, x, x) }",
+    "standard": PLAIN.replace("17", "23").replace("N,4", "N,2,5,4")
+    + "{ y = Attention<is_causal=7>(x, x, x) }",
     "free": HOST.replace("[N,2,5,4]", "[N,2,K,4]"),
     "broken": HOST.replace("y = MatMul(p, v)", "z = NoSuchOp(v)\n  y = MatMul(p, z)"),
 }

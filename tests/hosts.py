@@ -12,7 +12,7 @@ import onnx.parser
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from atpatch_onnx.certificate import Difference, compare
+from atpatch_onnx.comparing import Difference, compare
 from atpatch_onnx.edits import Edit
 from atpatch_onnx.model_file import ModelFile
 from atpatch_onnx.passes.graph_view import GraphView

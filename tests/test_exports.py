@@ -38,8 +38,7 @@ def test_sites_are_found_and_a_patch_that_flags_nothing_changes_nothing(
 ) -> None:
     each = ARCHITECTURES[name]
     row = measure(each, attention, exporter, opset, tmp_path / "model.onnx")
-    assert row.found + row.fused == each.sites
-    assert bool(row.fused) == (opset == 23)
+    assert row.found == each.sites
     assert row.identical is True
     assert row.described is not False or name == "siglip"  # cross attention of its pooling head
     assert row.checked is True

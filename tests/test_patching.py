@@ -11,7 +11,7 @@ import onnx.helper
 import pytest
 from onnx import ModelProto, TensorProto
 
-from atpatch_onnx.certificate import compare
+from atpatch_onnx.comparing import compare
 from atpatch_onnx.edits import (
     AddInitializer,
     AddMetadata,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,25 @@ def host(tail: str = "cls = Identity (g0)", outputs: str = "float[N, 2] logits")
     """)
 
 
+def fused() -> ModelProto:
+    """The same with fused operators."""
+    site = "Attention <q_num_heads = 1, kv_num_heads = 1, scale = 1.0>"
+    return onnx.parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["" : 23]>
+        host (float[N, 5, 3] x) => (float[N, 2] logits)
+        <float[3, 2] head = {{1, 0, 0, 1, 1, 1}}, int64 zero = {{0}}>
+        {{
+            c0 = {site} (x, x, x)
+            h = Add (x, c0)
+            c1 = {site} (h, h, h)
+            g = Add (h, c1)
+            g0 = Gather <axis = 1> (g, zero)
+            cls = Identity (g0)
+            logits = MatMul (cls, head)
+        }}
+    """)
+
+
 def softmax(scores: np.ndarray) -> np.ndarray:
     exp = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return np.asarray(exp / exp.sum(axis=-1, keepdims=True))
@@ -69,26 +89,34 @@ def data(count: int, loud: list[int]) -> Floats:
     return {"x": x}
 
 
-def mean_column() -> ModelProto:
+def mean_column(opset: int) -> ModelProto:
     """The mean of a column over queries."""
-    return onnx.parser.parse_model("""
-        <ir_version: 8, opset_import: ["" : 17]>
+    axes = "axes = Constant <value_ints = [1, 2]> ()"
+    return onnx.parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["" : {opset}]>
         det (float[B, H, Q, K] attention) => (float[B, 1, 1, K] anomaly)
-        { anomaly = ReduceMean <axes = [1, 2]> (attention) }
+        {{ {"" if opset < 18 else axes}
+           anomaly = ReduceMean {
+        "<axes = [1, 2]> (attention)" if opset < 18 else "(attention, axes)"
+    } }}
     """)
 
 
 def splice(file: ModelFile, sites: list[int], threshold: float = 0.6) -> Splice:
     found = locate(file.skeleton).sites
-    detector = Detector(Path("det.onnx"), mean_column(), "", "", threshold, (), None, {})
+    opset = GraphView.of(file.skeleton).opset
+    detector = Detector(Path("det.onnx"), mean_column(opset), "", "", threshold, (), None, {})
     chosen = {found[i].name: Treatment(Redistribution.PRUNE, detector) for i in sites}
     return Splice(chosen, Strategy.RERUN)
 
 
+@pytest.mark.parametrize("model", [host, fused])
 @pytest.mark.parametrize("sites", [[0], [0, 1]])
-def test_flagged_samples_answer_as_if_the_column_had_never_been_seen(sites: list[int]) -> None:
+def test_flagged_samples_answer_as_if_the_column_had_never_been_seen(
+    sites: list[int], model: Callable[[], ModelProto]
+) -> None:
     """Also where only one site has a detector: what it flags is pruned at both."""
-    file, loud = model_file(host()), [1, 4]
+    file, loud = model_file(model()), [1, 4]
     rewritten, result = spliced(file, splice(file, sites))
     feeds = data(6, loud)
     before, after = run(file, feeds)["logits"], run(rewritten, feeds)["logits"]
@@ -102,8 +130,11 @@ def test_flagged_samples_answer_as_if_the_column_had_never_been_seen(sites: list
     ]
 
 
-def test_nothing_flagged_gives_the_same_bits_and_the_patch_comes_off() -> None:
-    file = model_file(host())
+@pytest.mark.parametrize("model", [host, fused])
+def test_nothing_flagged_gives_the_same_bits_and_the_patch_comes_off(
+    model: Callable[[], ModelProto],
+) -> None:
+    file = model_file(model())
     rewritten, _ = spliced(file, splice(file, [0, 1], threshold=1.0))
     feeds = data(4, [2])
     np.testing.assert_array_equal(run(rewritten, feeds)["logits"], run(file, feeds)["logits"])

@@ -1,0 +1,1 @@
+"""Fused attention operators, opened: the plain nodes that compute what they hide."""

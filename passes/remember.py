@@ -1,0 +1,65 @@
+"""Flagged columns that outlive a run: decoding with a cache remembers what prefill flagged.
+
+    remembered [B, P] ──► flagged columns of each site, the first P   (an overridable input)
+    flagged columns of all sites ──► [B, K]                           (an extra output)
+
+A cached key has been seen by the detector in the run that put it there. One query row later it may
+no longer stand out, though the cache still holds what it did, so that the caller feeds the output
+of one run to the input of the next; fed nothing, a run remembers nothing. (METHODS, section B:
+CleanSight prunes at decoding what it found at prefill.) The sites must attend to the same cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from onnx import TensorProto, helper
+
+from ..edits import AddInitializer, AddInput, AddNode, AddOutput, Edit
+from .fragment import Constants, Fragment
+from .opening.steps import length
+
+REMEMBERED = "atpatch/remembered"
+"""The input: bool `[B, P]`, the first P keys; samples in rows."""
+FLAGGED = "atpatch/flagged_columns"
+"""The output: bool `[B, K]`."""
+
+
+def recall(f: Fragment, flagged: str) -> str:
+    """The flagged columns `[B, 1 or H, 1, K]` of a site, with those that are remembered."""
+    past = length(f, REMEMBERED, 1, "remembered_length")
+    batch = length(f, flagged, 0, "flagged_batch")
+    shape = f.op("Concat", batch, f.ints(1, 1, 1), name="remembered_shape", axis=0)
+    columns = f.axes_op("Unsqueeze", REMEMBERED, [1, 2], "remembered_columns")
+    wide = f.op("Expand", columns, shape, name="remembered_by_sample")
+    one_head = f.slice(flagged, 0, 1, 1, "flagged_in_one_head")
+    keys = length(f, flagged, 3, "flagged_keys")
+    nothing = f.op("And", one_head, f.op("Not", one_head, name="not_flagged"), name="nothing")
+    bounds = (past, keys, f.ints(3))
+    new = f.op("Slice", nothing, *bounds, name="new_columns")
+    every = f.op("Concat", wide, new, name="remembered_and_new", axis=3)
+    visible = f.op("Slice", every, f.ints(0), keys, f.ints(3), name="remembered_of_keys")
+    return f.op("Or", flagged, visible, name="flagged_or_remembered")
+
+
+def remember(constants: Constants, opset: int, flagged: Sequence[str], end: int) -> list[Edit]:
+    """The edits for the input and the output; `flagged` are the columns of the sites.
+
+    end: the number of nodes of the model.
+    """
+    f = Fragment("atpatch", opset, constants)
+    union = ""
+    for number, value in enumerate(flagged):
+        ones = f.cast(value, TensorProto.FLOAT, f"flagged{number}_ones")
+        row = f.axes_op("ReduceMax", ones, [1, 2], f"flagged{number}", keepdims=0)
+        union = f.op("Max", union, row, name=f"flagged_by{number}") if union else row
+    f.cast(union, TensorProto.BOOL, FLAGGED.rsplit("/")[-1])
+    nothing = helper.make_tensor(REMEMBERED, TensorProto.BOOL, [1, 0], np.zeros(0, bool))
+    info = helper.make_tensor_value_info
+    return [
+        *(AddNode(end, node) for node in f.nodes()),
+        AddInitializer(nothing),
+        AddInput(info(REMEMBERED, TensorProto.BOOL, ["atpatch_batch", "atpatch_past"])),
+        AddOutput(info(FLAGGED, TensorProto.BOOL, None)),
+    ]
