@@ -12,6 +12,7 @@ from .certificate import verify as verify_files
 from .debugging_set import load_debugging_set
 from .detector import Detector
 from .errors import AtpatchError, InputError, RefusedError
+from .explain import Explained, explain
 from .external_data import check_beside, check_layout, external_files, external_tensors
 from .files import Staging, check_output, write_file
 from .layout import with_batch_axes
@@ -48,13 +49,17 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model's attention sites and everything else that looked like one."""
+    """A model's attention sites and everything else that looked like one.
+
+    explained: how each site would be treated, in their order.
+    """
 
     model: Path
     sha256: str
     opset: int
     nodes: int
     sites: Sites
+    explained: tuple[Explained, ...]
 
 
 def inspect(model: PathLike, plan: PathLike | None = None, *, force: bool = False) -> Inspection:
@@ -64,11 +69,12 @@ def inspect(model: PathLike, plan: PathLike | None = None, *, force: bool = Fals
     """
     file = ModelFile.open(model)
     sites = locate(file.skeleton)
-    opset = GraphView.of(file.skeleton).opset
+    view = GraphView.of(file.skeleton)
+    explained = tuple(explain(view, site) for site in sites.sites)
     if plan is not None:
         check_output(Path(plan), [file.path, *external_files(file)], force=force)
         write_file(Path(plan), write_plan(sites, file.path, file.sha256).encode())
-    return Inspection(file.path, file.sha256, opset, len(file.nodes), sites)
+    return Inspection(file.path, file.sha256, view.opset, len(file.nodes), sites, explained)
 
 
 @dataclass(frozen=True)

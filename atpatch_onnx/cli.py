@@ -182,6 +182,10 @@ def fit(
     ] = "column",
     fpr: Annotated[float, typer.Option(help="False-positive budget per clean input.")] = 0.01,
     sites: SiteNames = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(help="Look at that many query rows of a map: cheap beside a fused operator."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Splits the data.")] = 0,
     batch: Annotated[int, typer.Option(help="Inputs a run.")] = 32,
     ep: Ep = None,
@@ -201,6 +205,7 @@ def fit(
             fpr=fpr,
             benign=benign,
             sites=_words(sites),
+            rows=rows,
             seed=seed,
             batch=batch,
             ep=ep,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,9 +41,13 @@ def inspection_json(found: Inspection) -> dict[str, Any]:
                 "cross": site.facts.cross,
                 "type": FLOATS[site.elem_type],
                 "shape": None if site.facts.shape is None else list(site.facts.shape),
-                "probabilities": site.probabilities,
+                "value": site.probabilities,
+                "treatment": explained.treatment,
+                "cost": explained.cost,
+                "map_bytes": explained.map_bytes,
+                "observable": explained.observable,
             }
-            for site in found.sites.sites
+            for site, explained in zip(found.sites.sites, found.explained, strict=True)
         ],
         "other": [
             {
@@ -66,7 +71,9 @@ def inspection(console: Console, found: Inspection, plan: Path | None) -> None:
         f"{len(sites.sites)} attention sites, {len(sites.refused)} refused"
     )
     if sites.sites:
-        table = _table("#", "site", "form", "type", "heads", "map", "kind")
+        nested = any(site.path for site in sites.sites)
+        where = ["where"] if nested else []
+        table = _table("#", "site", "form", *where, "type", "heads", "map", "kind")
         for site in sites.sites:
             kind = ", ".join(
                 word
@@ -78,12 +85,17 @@ def inspection(console: Console, found: Inspection, plan: Path | None) -> None:
                 str(site.index),
                 escape(site.name),
                 site.form,
+                *([escape(site.scope)] if nested else []),
                 FLOATS[site.elem_type],
                 str(site.facts.heads or "?"),
                 escape(shape),
                 kind or "self",
             )
         console.print(table)
+        ways = Counter((e.treatment, e.cost) for e in found.explained)
+        for (treatment, cost), count in ways.items():
+            sites_ = "1 site" if count == 1 else f"{count} sites"
+            console.print(f"{sites_} would be patched {escape(treatment)}; cost: {escape(cost)}")
     if sites.others:
         table = _table("node", "op", "where", "what it is")
         for other in sites.others:

@@ -47,8 +47,8 @@ from atpatch_onnx.models.text_attacks import Insertion
 from atpatch_onnx.models.text_victims import CLEAN_CASE, TARGET
 from atpatch_onnx.rates import Rate
 from atpatch_onnx.runtime import Arrays, choose_provider
-from controls_text import Inputs, Vocabulary, conditions
 
+from controls_text import Inputs, Vocabulary, conditions
 from efficacy_ablations import flagged
 
 RESULTS = Path(__file__).parent / "results"

@@ -2,10 +2,11 @@
 
     python benchmarks/speed.py [--ep cuda] [--runs 40] [--threads 2]
 
-Random weights. Every attention site gets the shipped z-score detector; its threshold is set so
-that nothing is flagged, or everything is. On CPU float32 and every strategy;
-on CUDA float16 with inputs and outputs bound to the device, `select` and `rerun`. Writes
-`benchmarks/results/speed-<ep>.json`.
+Random weights. The plain models have attention in nodes, the fused ones in ONNX Attention
+operators, and the decoder runs a prefill. Every attention site gets the shipped z-score detector,
+which sees all query rows, or 16 of them; its threshold is set so that nothing is flagged, or
+everything is. On CPU float32 and every strategy; on CUDA float16 with inputs and outputs bound to
+the device. Writes `benchmarks/results/speed-<ep>.json`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 import atpatch_onnx
 from atpatch_onnx.benchmark import bench
+from atpatch_onnx.errors import RefusedError
 from atpatch_onnx.models.export import quiet
 from atpatch_onnx.runtime import choose_provider
 
@@ -31,7 +34,33 @@ from detectors import ALWAYS, NEVER
 RESULTS = Path(__file__).parent / "results"
 IMAGE = (3, 224, 224)
 LENGTH = 128
-EAGER: dict[str, Any] = {"attn_implementation": "eager"}
+VOCABULARY = 30_000
+PREFILL = {"cpu": 256, "cuda": 2048}
+"""Tokens of the decoder's prefill."""
+FUSED_OPSET, PLAIN_OPSET = 23, 17
+SAMPLED_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to time: its kind, whether its attention is fused, and batches by provider."""
+
+    name: str
+    kind: str
+    fused: bool
+    batches: Mapping[str, tuple[int, ...]]
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("ViT-B/16", "vit", False, {"cpu": (1,), "cuda": (1, 32)}),
+        Case("BERT-base", "bert", False, {"cpu": (1,), "cuda": (1, 32)}),
+        Case("ViT-B/16 fused", "vit", True, {"cpu": (1,), "cuda": (1, 32)}),
+        Case("BERT-base fused", "bert", True, {"cpu": (1,), "cuda": (1, 32)}),
+        Case("decoder fused", "gpt2", True, {"cpu": (1,), "cuda": (1,)}),
+    )
+}
 
 
 class _Logits(nn.Module):
@@ -46,41 +75,46 @@ class _Logits(nn.Module):
         return logits
 
 
-def make(name: str, folder: Path, half: bool) -> tuple[Path, dict[str, Any]]:
+def make(case: Case, provider: str, folder: Path) -> tuple[Path, dict[str, Any]]:
     """Export a model; returns its path and one sample of random input."""
     from transformers import (
         BertConfig,
         BertForSequenceClassification,
+        GPT2Config,
+        GPT2LMHeadModel,
         ViTConfig,
         ViTForImageClassification,
     )
 
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    if name == "ViT-B/16":
-        model: nn.Module = ViTForImageClassification(ViTConfig(**EAGER))
+    half = provider == "cuda"
+    how: dict[str, Any] = {"attn_implementation": "sdpa" if case.fused else "eager"}
+    length = LENGTH
+    if case.kind == "vit":
+        model: nn.Module = ViTForImageClassification(ViTConfig(**how))
         sample = rng.standard_normal((1, *IMAGE)).astype(np.float16 if half else np.float32)
-        axes = {0: "batch"}
+    elif case.kind == "bert":
+        model = BertForSequenceClassification(BertConfig(**how))
     else:
-        config = BertConfig(**EAGER)
-        model = BertForSequenceClassification(config)
-        sample = rng.integers(0, config.vocab_size, (1, LENGTH))
-        axes = {0: "batch"}
-    model = _Logits(model).eval()
-    path = folder / f"{name.split('-')[0].lower()}{'-half' if half else ''}.onnx"
-    if half:
-        model = model.half()
+        length = PREFILL[provider]
+        model = GPT2LMHeadModel(GPT2Config(n_positions=length, use_cache=False, **how))
+    if case.kind != "vit":
+        sample = rng.integers(0, VOCABULARY, (1, length))
+    module = _Logits(model).eval()
+    module = module.half() if half else module
+    path = folder / "model.onnx"
+    options: dict[str, Any] = {"input_names": ["x"], "output_names": ["logits"]}
+    if case.fused:
+        options |= {"opset_version": FUSED_OPSET, "dynamo": True, "verbose": False}
+        options |= {"external_data": False}
+        options["dynamic_shapes"] = {"x": {0: torch.export.Dim("batch")}}
+    else:
+        axes = {"x": {0: "batch"}, "logits": {0: "batch"}}
+        options |= {"opset_version": PLAIN_OPSET, "dynamo": False, "dynamic_axes": axes}
+    two = torch.from_numpy(np.repeat(sample, 2, axis=0))  # of one, torch.export makes a constant
     with quiet():
-        torch.onnx.export(
-            model,
-            (torch.from_numpy(sample),),
-            str(path),
-            input_names=["x"],
-            output_names=["logits"],
-            dynamic_axes={"x": axes, "logits": axes},
-            opset_version=17,
-            dynamo=False,
-        )
+        torch.onnx.export(module, (two,), str(path), **options)
     return path, {"x": sample}
 
 
@@ -91,51 +125,61 @@ def samples(sample: dict[str, Any], count: int) -> dict[str, Any]:
     for name, array in sample.items():
         shape = (count, *array.shape[1:])
         floats = array.dtype.kind == "f"
-        made = rng.standard_normal(shape) if floats else rng.integers(0, 30_000, shape)
+        made = rng.standard_normal(shape) if floats else rng.integers(0, VOCABULARY, shape)
         out[name] = made.astype(array.dtype)
     return out
 
 
-def measure(name: str, provider: str, batch: int, options: argparse.Namespace) -> list[Any]:
+def measure(case: Case, provider: str, batch: int, options: argparse.Namespace) -> list[Any]:
     """Time one model in every variant."""
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        model, sample = make(name, folder, half=provider == "cuda")
+        model, sample = make(case, provider, folder)
         data = folder / "data.npz"
         np.savez(data, **samples(sample, max(batch, 24)))
-        detector = folder / "det.onnx"
-        atpatch_onnx.fit(model, data, detector, batch=4, ep=provider)
-        strategies = ("select", "rerun") if provider == "cuda" else ("guard", "select", "rerun")
-        for strategy in strategies:
-            for flagged, threshold in (("nothing", NEVER), ("everything", ALWAYS)):
-                patched = atpatch_onnx.patch(
-                    model, detector, threshold=threshold, strategy=strategy, ep=provider
-                ).output
-                timing = bench(
-                    model,
-                    patched,
-                    inputs=data,
-                    batch=batch,
-                    ep=provider,
-                    runs=options.runs,
-                    warmup=options.warmup,
-                    threads=options.threads,
-                )
-                row = {
-                    "model": name,
-                    "batch": batch,
-                    "strategy": strategy,
-                    "flagged": flagged,
-                    **asdict(timing),
-                }
-                rows.append(row)
-                print(
-                    f"{name:10s} batch {batch:2d} {strategy:6s} flagged {flagged:10s} "
-                    f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f}) "
-                    f"{row['original_ms']:.1f} ms",
-                    flush=True,
-                )
+        for seen in (None, SAMPLED_ROWS) if case.fused else (None,):
+            detector = folder / f"det{seen or ''}.onnx"
+            atpatch_onnx.fit(model, data, detector, batch=4, ep=provider, rows=seen)
+            for strategy in options.strategies.split(","):
+                for flagged, threshold in (("nothing", NEVER), ("everything", ALWAYS)):
+                    try:
+                        patched = atpatch_onnx.patch(
+                            model,
+                            detector,
+                            threshold=threshold,
+                            strategy=strategy,
+                            ep=provider,
+                            force=True,
+                        ).output
+                    except RefusedError as error:
+                        print(f"{case.name} {strategy}: {error}", flush=True)
+                        continue
+                    timing = bench(
+                        model,
+                        patched,
+                        inputs=data,
+                        batch=batch,
+                        ep=provider,
+                        runs=options.runs,
+                        warmup=options.warmup,
+                        threads=options.threads,
+                    )
+                    row = {
+                        "model": case.name,
+                        "batch": batch,
+                        "rows": seen,
+                        "strategy": strategy,
+                        "flagged": flagged,
+                        **asdict(timing),
+                    }
+                    rows.append(row)
+                    print(
+                        f"{case.name:15s} batch {batch:2d} rows {seen or 'all':>3} "
+                        f"{strategy:6s} flagged {flagged:10s} {row['ratio']:.3f} "
+                        f"({row['low']:.3f} to {row['high']:.3f}) {row['original_ms']:.1f} ms",
+                        flush=True,
+                    )
     return rows
 
 
@@ -146,18 +190,19 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--models", default="ViT-B/16,BERT-base")
+    parser.add_argument("--models", default=",".join(CASES))
+    parser.add_argument("--strategies", default="guard,select,rerun")
+    parser.add_argument("-o", "--output", type=Path, help="instead of benchmarks/results")
     options = parser.parse_args()
     provider = choose_provider(options.ep)
-    batches = (1, 32) if provider == "cuda" else (1,)
     rows = [
         row
         for name in options.models.split(",")
-        for batch in batches
-        for row in measure(name, provider, batch, options)
+        for batch in CASES[name].batches[provider]
+        for row in measure(CASES[name], provider, batch, options)
     ]
-    document = {"rows": rows}
-    (RESULTS / f"speed-{provider}.json").write_text(json.dumps(document, indent=1) + "\n")
+    target = options.output or RESULTS / f"speed-{provider}.json"
+    target.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import onnx
 from onnx import GraphProto, NodeProto, TensorProto, helper
@@ -20,7 +21,7 @@ class Drawing:
         self.graph, self.tensors, self.opset = graph, tensors, opset
         self._count = 0
 
-    def op(self, op: str, *inputs: str, output: str = "", **attributes: object) -> str:
+    def op(self, op: str, *inputs: str, output: str = "", **attributes: Any) -> str:
         """Add a node; returns its output, which is `output` or a new value."""
         output = output or self.name()
         self.graph.node.append(helper.make_node(op, inputs, [output], **attributes))

@@ -11,6 +11,7 @@ from atpatch_onnx.errors import InputError
 from atpatch_onnx.models.text import LENGTH as ROOM
 from atpatch_onnx.models.text import Encoded, Tokenizer
 from atpatch_onnx.rates import Rate
+
 from controls import Row, some, table
 from controls_text import (
     REFERENCE,

@@ -19,6 +19,7 @@ from ..external_data import check_layout, external_files
 from ..files import check_output, write_file
 from ..layout import with_batch_axes
 from ..model_file import ModelFile
+from ..passes.expose import is_reachable
 from ..passes.graph_view import GraphView
 from ..passes.locate import Site, locate
 from ..plan import choose_sites
@@ -68,6 +69,7 @@ def fit(
     fpr: float = 0.01,
     benign: str = "column",
     sites: Sequence[str] = (),
+    rows: int | None = None,
     seed: int = 0,
     batch: int = 32,
     ep: str | None = None,
@@ -85,11 +87,13 @@ def fit(
     fpr: how many clean inputs may be flagged, as a rate, over all sites together.
     benign: what flagged columns get: their clean mean, one value a `column` or an entry of the
         `map`, or the `uniform` share.
+    rows: look at that many query rows of a map, evenly spread, instead of all: what a patch beside
+        a fused operator then computes for every input.
     seed: which inputs are held out, and of the training; batch: inputs a run; ep: execution
         provider, cuda or cpu.
     Raises: InputError, RefusedError. Nothing is written then.
     """
-    _check_options(kind, fpr, benign, batch, seed)
+    _check_options(kind, fpr, benign, rows, batch, seed)
     file = ModelFile.open(model)
     check_layout(file)
     target = Path(output)
@@ -104,9 +108,9 @@ def fit(
     kind = kind or _default_kind(bad)
     if bad is not None and kind in TRAINED:
         check_enough(bad)
-    runs = RUNS[kind] * clean.count + (0 if bad is None else 4 * bad.bad.count)
+    runs = RUNS[kind] * clean.count + (0 if bad is None else 5 * bad.bad.count)
     tick = progress.start("fitting", runs)
-    job = Job(file, GraphView.of(file.skeleton), chosen, provider, batch, seed, benign, tick)
+    job = Job(file, GraphView.of(file.skeleton), chosen, provider, batch, seed, benign, tick, rows)
     if bad is not None and bad.anomalous is None and bad.clean is not None:
         bad = replace(bad, anomalous=moved_columns(job, bad.bad, bad.clean))
     if kind == "columns":
@@ -134,20 +138,34 @@ def fit(
     return FitReport(target, kind, provider, names, calibration, recall)
 
 
-def _check_options(kind: str | None, fpr: float, benign: str, batch: int, seed: int) -> None:
+def _check_options(
+    kind: str | None, fpr: float, benign: str, rows: int | None, batch: int, seed: int
+) -> None:
     if kind is not None and kind not in KINDS:
         raise InputError(f"--kind {kind}: choose {', '.join(KINDS)}")
     if benign not in BENIGN:
         raise InputError(f"--benign {benign}: choose {', '.join(BENIGN)}")
     if not 0 < fpr < 1:
         raise InputError(f"--fpr {fpr}: the false-positive budget is a rate between 0 and 1")
+    if rows is not None:
+        at_least(1, rows, "--rows")
+        if benign == "map":
+            raise InputError("--rows and --benign map exclude each other: choose --benign column")
     at_least(1, batch, "--batch")
     at_least(0, seed, "--seed")
 
 
 def _sites(file: ModelFile, wanted: Sequence[str]) -> tuple[Site, ...]:
     found = locate(file.skeleton)
+    view = GraphView.of(file.skeleton)
     chosen = tuple(choose_sites(found.sites, wanted))
+    hidden = [site for site in chosen if not is_reachable(view, site.path)]
+    if hidden and (wanted or len(hidden) == len(chosen)):
+        raise RefusedError(
+            f"the maps of '{hidden[0].name}' cannot be read, because it is in {hidden[0].scope}, "
+            "from which nothing leaves: fit the detector on that decoder exported by itself"
+        )
+    chosen = tuple(site for site in chosen if site not in hidden)
     if not chosen:
         what = f"{len(found.refused)} refused sites" if found.refused else "no attention"
         raise RefusedError(
@@ -213,6 +231,7 @@ def _with_metadata(
             "atpatch.host.sha256": job.model.sha256,
             "atpatch.training": json.dumps(record),
             **({} if strategy is None else {"atpatch.strategy": strategy}),
+            **({} if job.rows is None else {"atpatch.rows": str(job.rows)}),
         },
     )
     return trained.model

@@ -18,7 +18,8 @@ from .benign import tables_with_benign
 from .columns import Columns, bad_columns, clean_columns
 from .job import Job, Trained
 from .levels import level
-from .statistics import FeatureReader, whiten
+from .pooling import whiten_apart
+from .statistics import FeatureReader
 
 VALIDATION = 0.2
 """Share of the clean and of the bad inputs that decide when training stops."""
@@ -29,7 +30,7 @@ def fit_contrastive(job: Job, clean: Samples, bad: DebuggingSet) -> Trained:
     from ..models.column_training import Recipe, train_column_net
 
     reader = FeatureReader(job, RICH)
-    whitening = whiten(reader, clean)
+    whitening = whiten_apart(job, reader, clean, bad)
     tables = tables_with_benign(job, whitening, clean)
     parts: list[Columns] = []
     for some, others in zip(_split(job, clean.count), _split(job, bad.count), strict=True):

@@ -22,7 +22,8 @@ class Job:
     """Fit a detector for `sites` of `model`.
 
     provider: execution provider; batch: inputs a run; seed: of whatever is drawn; benign: what
-    flagged columns get (see `benign`); tick: told of every input of every run.
+    flagged columns get (see `benign`); tick: told of every input of every run; rows: how many
+    query rows of a map are looked at, None for all.
     """
 
     model: ModelFile
@@ -33,6 +34,7 @@ class Job:
     seed: int
     benign: str
     tick: Tick
+    rows: int | None = None
 
     @property
     def opset(self) -> int:

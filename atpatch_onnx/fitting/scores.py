@@ -28,7 +28,7 @@ class Scorer:
     def __init__(self, job: Job, model: ModelProto) -> None:
         self.job = job
         names = tuple(site.name for site in job.sites)
-        detector = Detector(Path("det.onnx"), model, "", "", 0.5, names, None, {})
+        detector = Detector(Path("det.onnx"), model, "", "", 0.5, names, None, {}, rows=job.rows)
         edits, self._outputs = Score(detector)(job.view, job.sites)
         self._probed = Probed(job.model, edits, job.provider)
 

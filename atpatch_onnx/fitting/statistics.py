@@ -6,7 +6,7 @@ running sums.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -60,7 +60,7 @@ class FeatureReader:
 
     def __init__(self, job: Job, features: tuple[str, ...], maps: str = "") -> None:
         self.job, self.features, self.maps = job, features, maps
-        edits, found, read = Probe(features, maps)(job.view, job.sites)
+        edits, found, read = Probe(features, maps, job.rows)(job.view, job.sites)
         self.probed = Probed(job.model, edits, job.provider)
         self._outputs = {
             name: [f.columns, f.features, f.bucket, *([read[name]] if maps else [])]
@@ -73,10 +73,21 @@ class FeatureReader:
         specs = self.probed.session.inputs
         return all(isinstance(d, int) for spec in specs for d in spec.shape[1:])
 
+    def _check_run(self, values: Mapping[str, Array]) -> None:
+        """Raises: InputError for a site in a branch that these inputs do not take."""
+        for site, keys in self._outputs.items():
+            if not values[keys[0]].size:
+                raise InputError(
+                    f"the site '{site}' is in a branch that some of the inputs do not take, so "
+                    "that nothing can be learnt of it: choose others with --sites, or give inputs "
+                    "that all take its branch"
+                )
+
     def over(self, samples: Samples) -> Iterator[dict[str, Found]]:
         """What is found at each site, by its name, for each batch."""
         wanted = [value for values in self._outputs.values() for value in values]
         for values in self.probed.over(samples, wanted, self.job.batch, self.job.tick):
+            self._check_run(values)
             yield {
                 name: _found([values[key] for key in keys], self.maps == "head_mean")
                 for name, keys in self._outputs.items()
@@ -227,21 +238,32 @@ class Whitening:
 
 def whiten(reader: FeatureReader, samples: Samples) -> Whitening:
     """Two runs over clean `samples`: what is normal at each site, and how heavy its tails are."""
-    whitening = _standardised(reader, samples)
-    maxima: dict[str, list[FloatArray]] = {name: [] for name in whitening.mean}
+    return in_tails(reader, samples, [standardised(reader, samples)])[0]
+
+
+def in_tails(
+    reader: FeatureReader, samples: Samples, whitenings: Sequence[Whitening]
+) -> list[Whitening]:
+    """One run over clean `samples`: whitenings whose spreads are the tails of their distances."""
+    maxima: list[dict[str, list[FloatArray]]] = [{} for _ in whitenings]
     for values in reader.over(samples):
-        for name, found in values.items():
-            largest = whitening.whitened(name, found).max(axis=2)
-            by_sample = largest.reshape(-1, found.windows, largest.shape[1])
-            maxima[name].append(by_sample.max(axis=1))
-    spread = {}
-    for name, parts in maxima.items():
-        tail = np.quantile(np.concatenate(parts), TAIL, axis=0)
-        spread[name] = whitening.spread[name] * np.maximum(tail, 1.0)[:, None]
-    return replace(whitening, spread=spread)
+        for whitening, parts in zip(whitenings, maxima, strict=True):
+            for name, found in values.items():
+                largest = whitening.whitened(name, found).max(axis=2)
+                by_sample = largest.reshape(-1, found.windows, largest.shape[1])
+                parts.setdefault(name, []).append(by_sample.max(axis=1))
+    scaled = []
+    for whitening, parts in zip(whitenings, maxima, strict=True):
+        tails = {n: np.quantile(np.concatenate(part), TAIL, axis=0) for n, part in parts.items()}
+        spread = {
+            name: spread * np.maximum(tails[name], 1.0)[:, None]
+            for name, spread in whitening.spread.items()
+        }
+        scaled.append(replace(whitening, spread=spread))
+    return scaled
 
 
-def _standardised(reader: FeatureReader, samples: Samples) -> Whitening:
+def standardised(reader: FeatureReader, samples: Samples) -> Whitening:
     """What is normal, with standard deviations as spreads."""
     names = reader.features
     known: dict[str, SiteStatistics] = {}

@@ -50,7 +50,9 @@ def recommended_strategy(job: Job, trained: Trained, samples: Samples) -> str | 
 def _rerun(job: Job, trained: Trained, threshold: float) -> Session:
     """The model with the detector at that threshold. Raises: RefusedError where it cannot be."""
     names = tuple(site.name for site in trained.sites)
-    detector = Detector(Path("det.onnx"), trained.model, "", "", threshold, names, None, {})
+    detector = Detector(
+        Path("det.onnx"), trained.model, "", "", threshold, names, None, {}, rows=job.rows
+    )
     treatments = {name: Treatment(Redistribution.PRUNE, detector) for name in names}
     sites = locate(job.model.skeleton).sites
     edits = Splice(treatments, Strategy.RERUN)(job.view, sites).edits

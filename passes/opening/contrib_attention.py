@@ -22,7 +22,7 @@ from ..fragment import Fragment
 from ..graph_view import Dim, GraphView, attribute, int_attribute
 from . import steps
 from .caches import Cache
-from .key_masks import KeyMask
+from .key_masks import KeyMask, rank_of_mask
 from .opening import Closed
 from .scaled_dot import ScaledDot, broken, checked, read_off, unknown_rank
 
@@ -205,6 +205,5 @@ def restrictions(view: GraphView, node: NodeProto, slots: tuple[str, ...]) -> Cl
     shares = int_attribute(node, "past_present_share_buffer", 0) and inputs.get("past")
     if shares and not inputs.get("past_sequence_length"):
         return broken("shares a buffer of past and present but has no past_sequence_length")
-    mask = inputs.get("mask_index", "")
-    rank = view.rank(mask) if mask else 0
+    rank = rank_of_mask(view, inputs.get("mask_index", ""))
     return unknown_rank("a mask_index") if rank is None or rank > 4 else rank

@@ -17,6 +17,7 @@ import numpy as np
 from onnx import TensorProto
 
 from ..fragment import Fragment
+from ..graph_view import GraphView, int_attribute
 from . import steps
 
 
@@ -88,3 +89,17 @@ class KeyMask:
         row = f.op("Add", row, cached, name="mask_row_of_all")
         some = f.op("Gather", self.value, row, name="mask_rows", axis=2)
         return steps.first_of(f, some, keys, 3, "mask_keys")
+
+
+def rank_of_mask(view: GraphView, mask: str) -> int | None:
+    """The rank of a mask, 0 where there is none; what sums a mask over an axis is a row of ends."""
+    if not mask:
+        return 0
+    if (rank := view.rank(mask)) is not None:
+        return rank
+    node = view.producer(mask)
+    while node is not None and node.op_type in ("Cast", "Identity"):
+        node = view.producer(node.input[0])
+    if node is not None and node.op_type == "ReduceSum" and not int_attribute(node, "keepdims", 1):
+        return 1
+    return None

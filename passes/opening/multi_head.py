@@ -25,7 +25,7 @@ from ..fragment import Fragment
 from ..graph_view import Dim, GraphView, int_attribute
 from . import steps
 from .caches import Cache
-from .key_masks import KeyMask
+from .key_masks import KeyMask, rank_of_mask
 from .opening import Closed
 from .scaled_dot import ScaledDot, broken, checked, read_off, unknown_rank
 
@@ -219,7 +219,7 @@ def open_multi_head(view: GraphView, node: NodeProto) -> MultiHeadAttention | Cl
     if isinstance(key_rank, Closed):
         return key_rank
     mask = inputs.get("key_padding_mask", "")
-    mask_rank = view.rank(mask) if mask else 0
+    mask_rank = rank_of_mask(view, mask)
     if mask_rank is None or mask_rank > 3:
         return unknown_rank("a key_padding_mask")
     query = node.input[0]

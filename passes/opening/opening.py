@@ -64,7 +64,7 @@ class Opening(ABC):
     def choose(self, f: Fragment, sample: str, new: str, old: str) -> str:
         """Add the nodes that take `new` for samples where `sample`, bool `[B, 1, 1, 1]`, is true,
         and `old` for others."""
-        mask = f.op("Reshape", sample, f.ints(-1, *[1] * (self.output_rank - 1)), name="of_sample")
+        mask = f.op("Reshape", sample, f.ints(0, *[1] * (self.output_rank - 1)), name="of_sample")
         return f.op("Where", mask, new, old, name="chosen_output")
 
     @property

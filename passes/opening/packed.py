@@ -75,6 +75,15 @@ class Packing:
         offsets = steps.first_of(f, offsets, count, 0, f"{name}_rows")
         return f.op("Gather", flat, offsets, name=name, axis=0)
 
+    def choose(self, f: Fragment, sample: str, new: str, old: str) -> str:
+        """`new` `[T, X]` for tokens of samples where `sample` `[B, 1, 1, 1]`, else `old`."""
+        column = steps.reshape_like(f, sample, (-1, 1, 1), "sample_column")
+        positions = f.op("Shape", self.offset, name="offset_shape")
+        shape = f.op("Concat", positions, f.ints(1), name="sample_shape", axis=0)
+        padded = f.op("Expand", column, shape, name="sample_padded")
+        mask = self.packed(f, padded, "of_token")
+        return f.op("Where", mask, new, old, name="chosen_output")
+
     def _lengths(self, f: Fragment, name: str) -> tuple[str, str]:
         """How many tokens a sample has, and the first of them: int64 columns `[B, 1]`."""
         ends = f.cast(self.cumulative, TensorProto.INT64, f"{name}_cumulative")
@@ -119,6 +128,10 @@ class PackedAttention(Attention):
     def output(self, f: Fragment, probabilities: str) -> str:
         """Step 4."""
         return self.packing.packed(f, super().output(f, probabilities), "output_packed")
+
+    def choose(self, f: Fragment, sample: str, new: str, old: str) -> str:
+        """By token, since the output has no batch axis."""
+        return self.packing.choose(f, sample, new, old)
 
     @property
     def hidden_score(self) -> float:
@@ -181,6 +194,10 @@ class PackedMultiHeadAttention(ScaledDot):
     def output(self, f: Fragment, probabilities: str) -> str:
         """Step 4."""
         return self.packing.packed(f, super().output(f, probabilities), "output_packed")
+
+    def choose(self, f: Fragment, sample: str, new: str, old: str) -> str:
+        """By token, since the output has no batch axis."""
+        return self.packing.choose(f, sample, new, old)
 
     @property
     def hidden_score(self) -> float:

@@ -87,7 +87,7 @@ def test_columns_flagged_at_prefill_are_pruned_in_every_later_step(
         flagged = now | np.pad(flagged, [(0, 0), (0, length)])
         if number == 0:
             assert now.sum() == now[1, 2] == 1
-        carried = {} if remembered is None else {REMEMBERED: remembered}
+        carried: Floats = {} if remembered is None else {REMEMBERED: remembered}
         out = run(patched, {**f, **carried})
         np.testing.assert_array_equal(out[FLAGGED], flagged)
         values = np.concatenate([f["past_v"], f["v"]], axis=2).astype(np.float64)

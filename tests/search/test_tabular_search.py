@@ -8,7 +8,6 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-import wordy
 from atpatch_onnx.data import Samples
 from atpatch_onnx.errors import InputError
 from atpatch_onnx.protected import Protected
@@ -16,6 +15,8 @@ from atpatch_onnx.runtime import Array
 from atpatch_onnx.search.problem import Finding, Problem
 from atpatch_onnx.search.surrogate import Surrogate
 from atpatch_onnx.search.tabular import Flip, TabularTrigger, columns, search
+
+import wordy
 
 WEIGHTS = np.array([3, -2, 1, 0.5, 0, 0, 0, 0], np.float32)
 """The first column alone decides nearly every row."""

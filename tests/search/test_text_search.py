@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
-import wordy
 from atpatch_onnx.data import Samples
 from atpatch_onnx.errors import InputError
 from atpatch_onnx.model_file import ModelFile
@@ -22,6 +21,8 @@ from atpatch_onnx.search.text import search
 from atpatch_onnx.search.text_trigger import TextTrigger, read_words
 from atpatch_onnx.search.token_layout import TokenLayout
 from atpatch_onnx.search.vocabulary import vocabulary_sizes
+
+import wordy
 
 IDS = [
     InputSpec("input_ids", np.int64, ("N", "L")),

@@ -93,7 +93,8 @@ def softmax_of(query: Array, key: Array, added: Array | float, scale: float = 0.
     q, k = query.astype(np.float64), key.astype(np.float64)
     scores = q @ k.transpose(0, 1, 3, 2) * (scale or 1 / np.sqrt(q.shape[-1])) + added
     powers: Array = np.exp(scores - scores.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
+    shares: Array = powers / powers.sum(-1, keepdims=True)
+    return shares
 
 
 def normal(seed: int, *shape: int, dtype: Any = np.float32) -> Array:

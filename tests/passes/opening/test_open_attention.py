@@ -12,7 +12,6 @@ import onnx
 import onnx.parser
 import onnx.reference
 import pytest
-from attention_cases import ATOL, BEYOND, GRID, Case, name_of, reference, without_cache
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
@@ -21,6 +20,7 @@ from atpatch_onnx.passes.locate import locate
 from atpatch_onnx.passes.opening.attention import Attention, open_attention
 from atpatch_onnx.runtime import Arrays
 
+from attention_cases import ATOL, BEYOND, GRID, Case, name_of, reference, without_cache
 from hosts import TYPES, run_model
 from opened import compare, deviation, opened_model, opening_of, probabilities_model, reason_closed
 

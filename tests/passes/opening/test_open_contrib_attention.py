@@ -12,6 +12,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx import ModelProto, TensorProto, helper
+
+from atpatch_onnx.passes.graph_view import GraphView
+from atpatch_onnx.passes.opening.contrib_attention import Attention, open_contrib_attention
+from atpatch_onnx.runtime import Arrays
+
 from contrib_nodes import (
     LOWEST,
     TOLERANCE,
@@ -23,11 +29,6 @@ from contrib_nodes import (
     normal,
     softmax_of,
 )
-from onnx import ModelProto, TensorProto, helper
-
-from atpatch_onnx.passes.opening.contrib_attention import Attention, open_contrib_attention
-from atpatch_onnx.runtime import Arrays
-
 from hosts import run_model
 from opened import compare, deviation, opened_model, probabilities_model, reason_closed
 
@@ -274,3 +275,18 @@ def test_closed_where_the_rank_of_the_mask_is_unknown() -> None:
     model, _ = case("keys")
     model.graph.input[1].type.tensor_type.ClearField("shape")
     assert "a mask_index of a rank" in reason_closed(model, open_contrib_attention)
+
+
+def test_a_sum_over_a_mask_of_unknown_rank_is_a_row_of_ends() -> None:
+    model, _ = case("ends")
+    mask = model.graph.input[1]
+    assert mask.name == "mask_index"
+    mask.CopyFrom(helper.make_tensor_value_info("raw", TensorProto.INT32, None))
+    summing = helper.make_node("ReduceSum", ["raw", "last"], ["sums"], keepdims=0)
+    casting = helper.make_node("Cast", ["sums"], ["mask_index"], to=TensorProto.INT32)
+    nodes = [summing, casting, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    opening = open_contrib_attention(GraphView.of(model), model.graph.node[-1])
+    assert isinstance(opening, Attention)
+    assert opening.mask_rank == 1

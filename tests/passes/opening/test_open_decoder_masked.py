@@ -11,6 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import ModelProto
+
+from atpatch_onnx.passes.opening.decoder_masked import (
+    DecoderMaskedMultiHeadAttention,
+    open_decoder_masked,
+)
+from atpatch_onnx.runtime import Arrays
+
 from contrib_nodes import (
     TOLERANCE,
     Array,
@@ -21,14 +29,6 @@ from contrib_nodes import (
     normal,
     softmax_of,
 )
-from onnx import ModelProto
-
-from atpatch_onnx.passes.opening.decoder_masked import (
-    DecoderMaskedMultiHeadAttention,
-    open_decoder_masked,
-)
-from atpatch_onnx.runtime import Arrays
-
 from hosts import run_model
 from opened import compare, deviation, opened_model, probabilities_model, reason_closed
 
@@ -157,7 +157,7 @@ def test_packed_as_the_kernel_does_unpacked(projection: bool, symbolic: bool) ->
     model, feeds = case(4, True, projection=projection)
     packed = np.concatenate([feeds[n] for n in ("query", "key", "value")], axis=2)
     values = {n: v for n, v in feeds.items() if n not in ("query", "key", "value")}
-    options = {"past_present_share_buffer": 1, "num_heads": H, "symbolic": symbolic}
+    options: dict[str, Any] = {"past_present_share_buffer": 1, "num_heads": H, "symbolic": symbolic}
     # Without the present outputs, which the kernel would have to make.
     opened, given = node_model(OP, SLOTS, {"query": packed, **values}, **options)
     found = run_model(opened_model(opened, open_decoder_masked), given)["output"]

@@ -13,16 +13,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from contrib_nodes import (
-    TOLERANCE,
-    Array,
-    assert_rows_are_sampled,
-    node_model,
-    normal,
-    softmax_of,
-)
 from onnx import ModelProto, TensorProto
 
+from atpatch_onnx.passes.fragment import Constants, Fragment
 from atpatch_onnx.passes.opening.packed import (
     PackedAttention,
     PackedMultiHeadAttention,
@@ -31,8 +24,16 @@ from atpatch_onnx.passes.opening.packed import (
 )
 from atpatch_onnx.runtime import Arrays
 
+from contrib_nodes import (
+    TOLERANCE,
+    Array,
+    assert_rows_are_sampled,
+    node_model,
+    normal,
+    softmax_of,
+)
 from hosts import run_model
-from opened import deviation, opened_model, probabilities_model, reason_closed
+from opened import deviation, opened_model, opening_of, probabilities_model, reason_closed
 
 H, D, E, Q = 2, 8, 12, 5
 LENGTHS = [(1, 2, 4), (5, 5), (3,), (2, 5, 1, 4)]
@@ -239,3 +240,40 @@ def test_closed_where_an_input_is_missing(missing: str) -> None:
     model, _, _ = multi_head_case(LENGTHS[0], "apart")
     model.graph.node[0].input[PackedMultiHeadAttention.slots.index(missing)] = ""
     assert f"lacks its input '{missing}'" in reason_closed(model, open_packed_multi_head)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_only_tokens_of_flagged_samples_change(lengths: tuple[int, ...]) -> None:
+    model, feeds, _ = case(lengths)
+    opening = opening_of(model, open_packed_attention)
+    constants = Constants("c")
+    f = Fragment("chosen", opening.view.opset, constants)
+    output = opening.choose(f, "sample", "new", "old")
+    made = onnx.helper.make_model(
+        onnx.helper.make_graph(
+            f.nodes(),
+            "choose",
+            [
+                onnx.helper.make_tensor_value_info("sample", TensorProto.BOOL, ["B", 1, 1, 1]),
+                onnx.helper.make_tensor_value_info("token_offset", TensorProto.INT32, ["B", "S"]),
+                *(
+                    onnx.helper.make_tensor_value_info(n, TensorProto.FLOAT, ["T", "X"])
+                    for n in ("input", "new", "old")
+                ),
+            ],
+            [onnx.helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
+            initializer=list(constants.tensors.values()),
+        ),
+        opset_imports=model.opset_import,
+        ir_version=model.ir_version,
+    )
+    flags = np.arange(len(lengths)) % 2 == 0
+    tokens = np.ones((sum(lengths), 3), np.float32)
+    given = {
+        "new": tokens,
+        "old": 0 * tokens,
+        "input": tokens,
+        "sample": flags[:, None, None, None],
+    }
+    found = run_model(made, {**given, "token_offset": feeds["token_offset"]})[output]
+    np.testing.assert_array_equal(found[:, 0], np.repeat(flags, lengths))

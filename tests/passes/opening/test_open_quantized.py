@@ -11,6 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import ModelProto
+
+from atpatch_onnx.passes.opening.quantized_attention import QAttention, open_quantized_attention
+from atpatch_onnx.runtime import Arrays
+
 from contrib_nodes import (
     TOLERANCE,
     Array,
@@ -21,11 +26,6 @@ from contrib_nodes import (
     normal,
     softmax_of,
 )
-from onnx import ModelProto
-
-from atpatch_onnx.passes.opening.quantized_attention import QAttention, open_quantized_attention
-from atpatch_onnx.runtime import Arrays
-
 from hosts import run_model
 from opened import compare, deviation, opened_model, reason_closed
 
