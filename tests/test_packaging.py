@@ -46,7 +46,8 @@ def test_the_wheel_holds_one_package(tmp_path: Path) -> None:
     }
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "atpatch_onnx").rglob("*.py")}
     for folder in ("passes", "models"):
-        modules |= {f"atpatch_onnx/{folder}/{p.name}" for p in (ROOT / folder).glob("*.py")}
+        there = (ROOT / folder).rglob("*.py")
+        modules |= {f"atpatch_onnx/{p.relative_to(ROOT).as_posix()}" for p in there}
     assert {name for name in names if name.endswith(".py")} == modules
     assert "atpatch_onnx/py.typed" in names
 
