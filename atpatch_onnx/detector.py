@@ -23,7 +23,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 from .errors import InputError, RefusedError, first_line
 from .external_data import check_layout, external_tensors
 from .model_file import ModelFile
-from .passes.graph_view import subgraphs
+from .passes.protos import subgraphs
 
 ABI_VERSION = "1"
 _SIGNATURE = "attention: float32 [B, H, Q, K] -> anomaly: float32 [B, 1 or H, 1, K]"

@@ -18,7 +18,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from .edits import Scope
 from .errors import InputError, reason
-from .passes.graph_view import subgraphs
+from .passes.protos import subgraphs
 from .progress import Tick
 from .wire import LEN, Buffer, Field, WireError, delimited, fields
 

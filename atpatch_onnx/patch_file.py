@@ -30,7 +30,8 @@ from .edits import (
 )
 from .errors import InputError, reason
 from .model_file import ModelFile
-from .passes.graph_view import GraphView, subgraphs
+from .passes.graph_view import GraphView
+from .passes.protos import subgraphs
 from .patching import Patch
 
 FORMAT = 2

@@ -6,6 +6,7 @@ the shape that the paper describes (AtPatch, arXiv 2601.21695): CNN, then MLP, o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,12 +15,15 @@ from onnx import ModelProto, NodeProto
 
 from .features import add_features
 from .fragment import Constants, Fragment
-from .tables import Tables, add_benign, add_whitening, as_detector, unsqueeze
+from .tables import Tables, add_benign, add_distances, as_detector, unsqueeze
 
 Array = NDArray[np.float32]
 
 LIMIT = 4.0
 """Whitened features count at most this much: beyond it a net would only extrapolate."""
+DOUBLED, WHITENED = math.log(2), 0.4
+"""A column goes with the highest one of its map if its log mean share rose by more than the first,
+and by more than the second of what one clean input in a hundred reaches."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def build_contrastive(
 ) -> ModelProto:
     """The detector `attention, layer -> anomaly, benign` of a net over whitened features."""
     f = Fragment("contrastive", opset, Constants("contrastive"))
-    found, whitened = add_whitening(f, tables)
+    found, distance, whitened = add_distances(f, tables)
     low = f.op("Max", whitened, f.number(-LIMIT), name="limited_below")
     value = f.op("Min", low, f.number(LIMIT), name="limited")
     site = f.op("Gather", f.constants.add("sites", net.sites), "layer", name="site_bias", axis=0)
@@ -76,6 +80,8 @@ def build_contrastive(
     top = f.axes_op("ReduceMax", value, [1], "largest", keepdims=1)
     share = f.op("Mul", top, f.number(net.largest), name="largest_share")
     logit = f.op("Add", _dense(f, value, net.layers, site), share, name="raw_logit")
+    if not tables.buckets:  # else what is normal is that of any word, which many a word doubles
+        logit = _with_companions(f, logit, distance, whitened, tables.features.index("mean"))
     outputs = [_anomaly(f, logit, levels), *add_benign(f, tables, found)]
     return as_detector(f, "contrastive", outputs, opset, ir_version)
 
@@ -131,6 +137,23 @@ def _dense(f: Fragment, value: str, layers: tuple[Dense, ...], first_bias: str =
         if index + 1 < len(layers):
             value = f.op("Relu", value, name=f"dense{index}_relu")
     return value
+
+
+def _with_companions(f: Fragment, logit: str, distance: str, whitened: str, mean: int) -> str:
+    """Logits `[B, 1, K]` of which over-attended columns have the highest of their map.
+
+    A trigger of several tokens works through all of them, while often one alone stands out from
+    what clean inputs do. The highest logit, which the false-positive budget is about, stays.
+
+    distance, whitened: `[B, F, K]`; mean: index of the log mean share among features.
+    """
+    high = []
+    for name, value, least in (("rise", distance, DOUBLED), ("whitened_rise", whitened, WHITENED)):
+        row = f.slice(value, mean, mean + 1, 1, name)
+        high.append(f.op("Greater", row, f.number(least), name=f"{name}_high"))
+    companion = f.op("And", *high, name="companion")
+    highest = f.axes_op("ReduceMax", logit, [2], "highest_logit", keepdims=1)
+    return f.op("Where", companion, highest, logit, name="joined_logit")
 
 
 def _anomaly(f: Fragment, raw: str, levels: Levels) -> NodeProto:

@@ -88,10 +88,21 @@ def _heads(
     if rank >= 4 and shape is not None and isinstance(shape[-3], int):
         return shape[-3]
     for operand in operands(scores):
-        for _, node in view.search(operand, score_inputs, limit=64):
+        for _, node in view.search(operand, _head_inputs, limit=64):
             if node.op_type == "Reshape" and (heads := _split_heads(view, node, rank)) is not None:
                 return heads
     return None
+
+
+_BY_HEAD = frozenset(
+    "RotaryEmbedding LayerNormalization RMSNormalization SimplifiedLayerNormalization".split()
+)
+"""Operators that queries and keys pass after they are split into heads."""
+
+
+def _head_inputs(node: NodeProto) -> list[str]:
+    """The inputs of `node` through which queries or keys may pass."""
+    return list(node.input[:1]) if node.op_type in _BY_HEAD else score_inputs(node)
 
 
 def _split_heads(view: GraphView, reshape: NodeProto, rank: int) -> int | None:
@@ -104,7 +115,7 @@ def _split_heads(view: GraphView, reshape: NodeProto, rank: int) -> int | None:
     split = target[-2] or 0 if len(target) >= 4 else 0
     if rank == 4 and split > 0:
         return split
-    width, size = (view.shape(reshape.input[0]) or (None,))[-1], target[-1] if target else None
+    width, size = _width(view, reshape.input[0]), target[-1] if target else None
     if not isinstance(width, int) or not size or not 0 < size < width or width % size:
         return None
     if len(target) == 3 or (len(target) == 4 and split <= 0):
@@ -112,6 +123,18 @@ def _split_heads(view: GraphView, reshape: NodeProto, rank: int) -> int | None:
     if len(target) == 5 and split <= 0 and 3 in target:  # Q, K and V together
         return width // size // 3
     return split if split > 0 and width // size in (split, 3 * split) else None
+
+
+def _width(view: GraphView, value: str) -> Dim:
+    """The last dimension of `value`; that of a weight or bias where inference is silent."""
+    shape, node = view.shape(value), view.producer(value)
+    if shape:
+        return shape[-1]
+    if node is not None and node.op_type in ("Add", "MatMul"):
+        weights = (view.initializers.get(name) for name in node.input)
+        sizes = [t.dims[-1] for t in weights if t is not None and t.dims]
+        return int(sizes[0]) if sizes and sizes[0] > 1 else None
+    return None
 
 
 def _shape_parts(view: GraphView, value: str) -> list[int | None]:

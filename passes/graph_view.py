@@ -14,12 +14,8 @@ from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from ..edits import Scope
 from .functions import CALL, body
-from .protos import attribute as attribute
-from .protos import domain as domain
-from .protos import graphs_of as graphs_of
-from .protos import int_attribute as int_attribute
-from .protos import read_within as read_within
-from .protos import subgraphs as subgraphs
+from .protos import attribute, domain, graphs_of, read_within, subgraphs
+from .shapes import infer
 
 Dim = int | str | None
 """A dimension: a number, a symbol, or unknown."""
@@ -191,8 +187,6 @@ class GraphView:
     @cached_property
     def _inferred(self) -> dict[Scope, GraphProto]:
         """The inferred graphs by path: of the whole model, or of a called function."""
-        from .shapes import infer  # which reads nodes with the functions below
-
         if self.graph is None:
             return {(*self.path, *path): graph for path, graph in infer(self._alone()).items()}
         return infer(self.model) if self.outer is None else self.outer._inferred

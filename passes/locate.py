@@ -15,9 +15,10 @@ from onnx import ModelProto, NodeProto, TensorProto
 from ..edits import Scope
 from .describe import SiteFacts, describe_site, site_names
 from .functions import PREFIX as INLINED
-from .graph_view import GraphView, Use, attribute, domain, int_attribute
+from .graph_view import GraphView, Use
 from .opening.opening import Closed, Opening, op_name
 from .opening.registry import is_fused, open_fused
+from .protos import attribute, domain, int_attribute
 from .walk import Step, describe, downstream, find_changed, find_contexts, find_scores
 
 FLOATS: dict[int, str] = {
@@ -53,6 +54,8 @@ class Site:
     facts: what else is known: heads, shape, causal, cross.
     path: where the graph that holds it lies, see `edits.Scope`.
     opening: how a fused operator is opened.
+    grid: scale, and zero point if there is one, of probabilities that the host quantises.
+    integers: whether only integers hold them; `elem_type` is then what they are dequantised to.
     """
 
     name: str
@@ -67,6 +70,8 @@ class Site:
     facts: SiteFacts
     path: Scope = ()
     opening: Opening | None = None
+    grid: tuple[str, ...] = ()
+    integers: bool = False
 
     @property
     def before(self) -> int:
@@ -134,6 +139,8 @@ def locate(model: ModelProto) -> Sites:
             facts=candidate.facts,
             path=scope.path,
             opening=candidate.opening,
+            grid=candidate.grid,
+            integers=candidate.integers,
         )
         for index, (name, (scope, candidate)) in enumerate(zip(names, found, strict=True))
     ]
@@ -152,6 +159,8 @@ class _Candidate:
     rank: int
     facts: SiteFacts
     opening: Opening | None = None
+    grid: tuple[str, ...] = ()
+    integers: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,7 +186,7 @@ def _search(view: GraphView) -> Iterator[_Candidate | Other]:
 
 
 def _anchor(view: GraphView, index: int, node: NodeProto) -> _Anchor | Other | None:
-    if node.op_type in ("Softmax", "BiasSoftmax"):
+    if node.op_type in ("Softmax", "BiasSoftmax", "QLinearSoftmax"):
         axis = _over_last_axis(view, node)
         if axis is not None:
             return _other(view, node, axis)
@@ -187,7 +196,8 @@ def _anchor(view: GraphView, index: int, node: NodeProto) -> _Anchor | Other | N
 
 def _over_last_axis(view: GraphView, node: NodeProto) -> str | None:
     """None if the softmax runs over the last axis alone, else the reason why it does not."""
-    default = -1 if view.opset >= 13 and domain(node) == "" else 1
+    last = node.op_type == "QLinearSoftmax" or (view.opset >= 13 and domain(node) == "")
+    default = -1 if last else 1
     axis = int_attribute(node, "axis", default)
     rank = view.rank(node.input[0])
     if axis == -1 or (rank is not None and axis == rank - 1) or (rank is None and axis == 3):
@@ -257,10 +267,10 @@ def _candidate(view: GraphView, anchor: _Anchor) -> _Candidate | Other:
         return _refused(
             view,
             node,
-            "no float value holds its probabilities",
-            "export the model before it is quantised",
+            "no value between its softmax and P V has the keys on its last axis",
+            "export the model without optimizations that move transposes",
         )
-    elem_type = _float_type(view, step.value, anchor)
+    elem_type = _float_type(view, step.grid[0] if step.quantized else step.value, anchor)
     rank = view.rank(step.value)
     if elem_type is None or rank is None or not 2 <= rank <= 5:
         return _refused(
@@ -271,21 +281,53 @@ def _candidate(view: GraphView, anchor: _Anchor) -> _Candidate | Other:
         )
     facts = describe_site(view, step.value, rank, scores, anchor.logits)
     form = f"{anchor.form} {rank}-D"
-    return _Candidate(form, anchor.node, step.value, uses, elem_type, rank, facts)
+    return _Candidate(
+        form,
+        anchor.node,
+        step.value,
+        uses,
+        elem_type,
+        rank,
+        facts,
+        grid=step.grid,
+        integers=step.quantized,
+    )
 
 
 def _splice_point(view: GraphView, paths: list[list[Step]]) -> tuple[Step | None, tuple[Use, ...]]:
-    """The last float value common to all ways to V; one of rank 4 is taken before others."""
+    """The last value common to all ways to V: in float where there is one, of rank 4 rather than
+    of another.
+
+    What is cast to 16 bits is taken before the cast, which the CPU provider may drop: it computes
+    float16 in float32, and nodes behind the cast would bring back a rounding.
+    """
     common = 0
     while all(len(p) > common for p in paths) and len({p[common].value for p in paths}) == 1:
         common += 1
-    candidates = [i for i in range(common) if paths[0][i].axis == -1 and not paths[0][i].quantized]
+    last = [i for i in range(common) if paths[0][i].axis == -1]
+    candidates = [i for i in last if not paths[0][i].quantized] or last
     if not candidates:
         return None, ()
     four = [i for i in candidates if view.rank(paths[0][i].value) == 4]
-    chosen = (four or candidates)[-1]
+    chosen = _before_narrowing(view, paths[0], (four or candidates)[-1])
     uses = dict.fromkeys(path[chosen].use for path in paths)
     return paths[0][chosen], tuple(uses)
+
+
+def _before_narrowing(view: GraphView, path: list[Step], chosen: int) -> int:
+    """The step whose wide value that of `chosen` is cast from; `chosen` if it is no such cast."""
+    first = chosen
+    while first and _is_narrow_cast(view.producer(path[first].value)):
+        first -= 1
+    known = view.types.get(path[first].value)
+    wide = (TensorProto.FLOAT, TensorProto.DOUBLE)
+    return first if known is not None and known.elem_type in wide else chosen
+
+
+def _is_narrow_cast(node: NodeProto | None) -> bool:
+    if node is None or node.op_type != "Cast":
+        return False
+    return int_attribute(node, "to", 0) in (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 def _float_type(view: GraphView, value: str, anchor: _Anchor) -> int | None:

@@ -23,10 +23,11 @@ from onnx import GraphProto, NodeProto, TensorProto, helper
 
 from ..edits import AddNode, Edit, RewireInput
 from .fragment import Constants, Fragment
-from .graph_view import Dim, GraphView, Use, read_within
+from .graph_view import Dim, GraphView, Use
 from .locate import Site
+from .protos import read_within
 from .redistribute import Redistribution, redistribute
-from .views import OPENED, as_before, view_4d
+from .views import OPENED, as_before, as_held, in_floats, view_4d
 
 PREFIX = "atpatch/rerun"
 AGAIN = f"{PREFIX}/again"
@@ -169,9 +170,10 @@ def _then(
             if name not in pruned:
                 site = replace(by_value[name], probabilities=again.get(name, name))
                 f = Fragment(f"{PREFIX}/{site.name}", view.opset, constants)
-                whole = view_4d(f, site)
-                new = redistribute(f, whole, columns, sample, None, mode, site.elem_type)
-                pruned[name] = as_before(f, site, new)
+                floats = in_floats(f, site)
+                whole = view_4d(f, floats)
+                new = redistribute(f, whole, columns, sample, None, mode, floats.elem_type)
+                pruned[name] = as_held(f, site, as_before(f, floats, new))
                 nodes += f.nodes()
             copy.input[slot] = pruned[name]
         for slot, name in enumerate(copy.output):

@@ -52,7 +52,7 @@ from .outcome import Outcome, PassResult, Patched, Skipped
 from .redistribute import Redistribution, redistribute
 from .remember import recall, remember
 from .rerun import add_rerun, plan_rerun
-from .views import OPENED, as_before, sampled, view_4d
+from .views import NARROW, OPENED, as_before, as_held, in_floats, sampled, view_4d
 
 ENABLED = "atpatch/enabled"
 THRESHOLD = "atpatch/threshold"
@@ -173,14 +173,15 @@ class _Splicing:
         f = Fragment(prefix, view.opset, self.constants)
         rows = None if detector is None else detector.rows
         lazily = rows is not None and site.opening and self.strategy(site) is Strategy.GUARD
-        whole = None if lazily else view_4d(f, site)
+        floats = in_floats(f, site)
+        whole = None if lazily else view_4d(f, floats)
         nodes = []
         benign = None
         if detector is None:
             flagged = self.static_columns(f, site, treatment, whole or "")
         else:
-            seen = sampled(f, site, rows, whole)
-            narrow = site.elem_type != TensorProto.FLOAT
+            seen = sampled(f, floats, rows, whole)
+            narrow = floats.elem_type != TensorProto.FLOAT
             attention = f.cast(seen, TensorProto.FLOAT, "attention") if narrow else seen
             nodes += f.nodes()
             f = Fragment(prefix, view.opset, self.constants)
@@ -202,8 +203,8 @@ class _Splicing:
         if self.options.strategy is Strategy.RERUN:
             self.insert(site, [*nodes, *f.nodes()])
         else:
-            result = self.redistributed(f, site, treatment, whole, flagged, benign)
-            result = self.requantized(f, site, result)
+            result = self.redistributed(f, floats, treatment, whole, flagged, benign)
+            result = as_held(f, site, result)
             self.insert(site, [*nodes, *f.nodes()])
             self.replace(site, result)
         if self.options.telemetry and not site.path:
@@ -315,22 +316,8 @@ class _Splicing:
             else_branch=other.subgraph(same, site.elem_type),
         )
 
-    def requantized(self, f: Fragment, site: Site, result: str) -> str:
-        """The result on the grid of a host that quantises its probabilities.
-
-        P V follows a DequantizeLinear there, and the runtime computes the two in integers; that
-        must stay so, also for what is not flagged. Values on the grid stay where they are.
-        """
-        node = self.view.at(site.path).producer(site.probabilities)
-        if node is None or node.op_type != "DequantizeLinear":
-            return result
-        scale = node.input[1:]
-        axis = {a.name: a.i for a in node.attribute if a.name == "axis"}
-        integers = f.op("QuantizeLinear", result, *scale, name="requantized", **axis)
-        return f.op("DequantizeLinear", integers, *scale, name="requantized_back", **axis)
-
     def strategy(self, site: Site) -> Strategy:
-        """The strategy in force: 16-bit maps are always selected.
+        """The strategy in force: fused operators of 16 bits are always selected.
 
         ONNX Runtime's CPU provider computes float16 in float32 and drops the roundings between
         neighbouring nodes; the edge of an `If` would bring one back, and with it other bits. (And
@@ -338,8 +325,8 @@ class _Splicing:
         """
         if self.options.strategy is Strategy.RERUN:
             return Strategy.RERUN
-        wide = site.elem_type in (TensorProto.FLOAT, TensorProto.DOUBLE)
-        return self.options.strategy if wide else Strategy.SELECT
+        narrow = site.opening is not None and site.elem_type in NARROW
+        return Strategy.SELECT if narrow else self.options.strategy
 
     def threshold(self, f: Fragment, site: Site, treatment: Treatment) -> str:
         """The site's threshold: a constant, or an overridable input under `toggle`."""
@@ -389,7 +376,7 @@ class _Splicing:
             raise InputError(
                 "--columns counts from the end only from opset 11 on: give columns from the start"
             )
-        shape = f.op("Shape", whole, name="map_shape")
+        shape = f.op("Shape", whole, name="whole_shape")
         keys = f.slice(shape, 3, 4, 0, "map_keys")
         hot = self.constants.add("off_on", np.array([0, 1], np.float32))
         rows = f.op("OneHot", f.ints(*treatment.columns), keys, hot, name="column_rows")

@@ -12,7 +12,7 @@ import onnx
 from onnx import NodeProto, TensorProto, numpy_helper
 
 from .drawing import Dims, Drawing
-from .graph_view import attribute, domain, int_attribute
+from .protos import attribute, domain, int_attribute
 
 _FOREIGN = ("com.microsoft", "com.microsoft.nchwc", "com.microsoft.experimental")
 

@@ -62,6 +62,12 @@ class Tables:
 
 def add_whitening(f: Fragment, tables: Tables) -> tuple[Features, str]:
     """Add nodes for the features of the inputs `attention` and `layer`, whitened: `[B, F, K]`."""
+    found, _, whitened = add_distances(f, tables)
+    return found, whitened
+
+
+def add_distances(f: Fragment, tables: Tables) -> tuple[Features, str, str]:
+    """The same with the distances from the clean mean, before and after whitening: `[B, F, K]`."""
     found = add_features(f, "attention", tables.features, tables.buckets)
     center, gain = _at_site(f, "center", tables.center), _at_site(f, "gain", tables.gain)
     if tables.buckets:
@@ -71,7 +77,7 @@ def add_whitening(f: Fragment, tables: Tables) -> tuple[Features, str]:
             center, gain = (_cut(f, table, dimension=3, axis=1) for table in (center, gain))
         center, gain = (f.axes_op("Unsqueeze", t, [0], f"{_name(t)}_batch") for t in (center, gain))
     distance = f.op("Sub", found.features, center, name="distance")
-    return found, f.op("Mul", distance, gain, name="whitened")
+    return found, distance, f.op("Mul", distance, gain, name="whitened")
 
 
 def add_benign(f: Fragment, tables: Tables, found: Features) -> list[NodeProto]:

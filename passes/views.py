@@ -2,12 +2,63 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from onnx import TensorProto
+
 from .fragment import Fragment
 from .locate import Site
 from .opening.steps import length, spread_rows, take_rows
 
 OPENED = "opened"
 """Before the names of nodes that a fused operator is opened into."""
+
+
+NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+
+def in_floats(f: Fragment, site: Site) -> Site:
+    """The site with probabilities in float that a patch may read as often as it likes.
+
+    Integers are dequantised, 16 bits cast to float32. The host's value gets a single reader, an
+    Abs, because ONNX Runtime's CPU provider computes other bits where it has several: it turns int8
+    into uint8 only around a DequantizeLinear with one reader (and aborts where an `If` reads one
+    behind a Slice or Reshape), and drops 16-bit roundings only on single ways, around operators
+    without a 16-bit kernel.
+    """
+    if not site.grid and not _is_narrow(site):
+        return site
+    value = site.probabilities
+    if site.integers:
+        value = f.op("DequantizeLinear", value, *site.grid, name="dequantized_map")
+    value = f.op("Abs", value, name="alone")
+    elem_type = site.elem_type
+    if _is_narrow(site):
+        elem_type = TensorProto.FLOAT
+        value = f.cast(value, elem_type, "in_floats")
+    return replace(site, probabilities=value, elem_type=elem_type, grid=(), integers=False)
+
+
+def as_held(f: Fragment, site: Site, result: str) -> str:
+    """New probabilities in the type and on the grid of the host's; what was on it stays there.
+
+    The runtime computes a P V in integers that follows a DequantizeLinear. It must go on doing so,
+    also for what is not flagged.
+    """
+    if _is_narrow(site):
+        # A cast of ours is a rounding to keep. Those around an Abs are the CPU provider's own.
+        result = f.op("Abs", f.cast(result, site.elem_type, "narrow"), name="narrowed")
+    if not site.grid:
+        return result
+    integers = f.op("QuantizeLinear", result, *site.grid, name="quantized")
+    if site.integers:
+        return integers
+    return f.op("DequantizeLinear", integers, *site.grid, name="dequantized")
+
+
+def _is_narrow(site: Site) -> bool:
+    """Whether plain nodes hold the probabilities in 16 bits."""
+    return site.opening is None and site.elem_type in NARROW
 
 
 def view_4d(f: Fragment, site: Site) -> str:
@@ -18,7 +69,7 @@ def view_4d(f: Fragment, site: Site) -> str:
     """
     if site.opening is not None:
         return site.opening.probabilities(f.within(OPENED))
-    value = site.probabilities
+    value = in_floats(f, site).probabilities
     if site.rank == 4:
         return value
     if site.rank == 2:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 from onnx import NodeProto
 
-from .graph_view import GraphView, Use, attribute, int_attribute
+from .graph_view import GraphView, Use
+from .protos import attribute, int_attribute
 
 PRODUCTS = {
     "MatMul": (0, 1),

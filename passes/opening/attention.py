@@ -28,7 +28,8 @@ from onnx import NodeProto, TensorProto, helper
 
 from ..describe import describe_site
 from ..fragment import Fragment
-from ..graph_view import Dim, GraphView, attribute, int_attribute
+from ..graph_view import Dim, GraphView
+from ..protos import attribute, int_attribute
 from . import steps
 from .attention_masks import LOWEST, Masking
 from .known import elem_type

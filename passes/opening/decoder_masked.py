@@ -19,7 +19,8 @@ from typing import ClassVar
 from onnx import NodeProto, TensorProto
 
 from ..fragment import Fragment
-from ..graph_view import GraphView, int_attribute
+from ..graph_view import GraphView
+from ..protos import int_attribute
 from . import steps
 from .caches import Cache
 from .multi_head import SIDES, MultiHeadAttention, rank_of_key

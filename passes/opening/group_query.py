@@ -34,7 +34,8 @@ from functools import cached_property
 from onnx import NodeProto, TensorProto
 
 from ..fragment import Fragment
-from ..graph_view import Dim, GraphView, int_attribute
+from ..graph_view import Dim, GraphView
+from ..protos import int_attribute
 from . import steps
 from .group_query_limits import FLOATS, KNOWN, SLOTS, unknown_value, without_map
 from .known import elem_type

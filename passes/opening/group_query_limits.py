@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from onnx import NodeProto, TensorProto
 
-from ..graph_view import GraphView, attribute, int_attribute
+from ..graph_view import GraphView
+from ..protos import attribute, int_attribute
 from .opening import Closed
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)

@@ -17,7 +17,8 @@ import numpy as np
 from onnx import TensorProto
 
 from ..fragment import Fragment
-from ..graph_view import GraphView, int_attribute
+from ..graph_view import GraphView
+from ..protos import int_attribute
 from . import steps
 
 

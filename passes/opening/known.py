@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from onnx import NodeProto, TensorProto
 
-from ..graph_view import GraphView, int_attribute
+from ..graph_view import GraphView
+from ..protos import int_attribute
 
 _FIXED = {
     **dict.fromkeys(

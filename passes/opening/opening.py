@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from onnx import NodeProto
 
 from ..fragment import Fragment
-from ..graph_view import Dim, GraphView, attribute, domain
+from ..graph_view import Dim, GraphView
+from ..protos import attribute, domain
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from typing import ClassVar
 from onnx import NodeProto, TensorProto
 
 from ..fragment import Fragment
-from ..graph_view import Dim, GraphView, int_attribute
+from ..graph_view import Dim, GraphView
+from ..protos import int_attribute
 from . import steps
 from .contrib_attention import SIDES, Attention, restrictions
 from .opening import Closed

@@ -17,7 +17,8 @@ from typing import ClassVar
 from onnx import NodeProto, TensorProto
 
 from ..fragment import Fragment
-from ..graph_view import GraphView, int_attribute
+from ..graph_view import GraphView
+from ..protos import int_attribute
 from . import steps
 from .contrib_attention import ATTRIBUTES, Attention, restrictions
 from .opening import Closed

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 
 from onnx import NodeProto
 
-from ..graph_view import GraphView, domain
+from ..graph_view import GraphView
+from ..protos import domain
 from .attention import open_attention
 from .contrib_attention import open_contrib_attention
 from .decoder_masked import open_decoder_masked

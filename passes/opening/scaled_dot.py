@@ -29,7 +29,8 @@ from onnx import NodeProto, TensorProto, helper
 
 from ..describe import SiteFacts, describe_site
 from ..fragment import Fragment
-from ..graph_view import GraphView, int_attribute
+from ..graph_view import GraphView
+from ..protos import int_attribute
 from . import steps
 from .known import elem_type
 from .opening import Closed, Opening, float_attribute, unknown_attributes
