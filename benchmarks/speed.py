@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ import atpatch_onnx
 from atpatch_onnx.benchmark import bench
 from atpatch_onnx.errors import RefusedError
 from atpatch_onnx.models.export import quiet
-from atpatch_onnx.runtime import choose_provider
+from atpatch_onnx.runtime import choose_provider, onnxruntime
 
 from detectors import ALWAYS, NEVER
 
@@ -130,6 +131,19 @@ def samples(sample: dict[str, Any], count: int) -> dict[str, Any]:
     return out
 
 
+def transfers(model: Path, provider: str) -> int | None:
+    """How many nodes copy between host and device in the graph that CUDA runs."""
+    if provider != "cuda":
+        return None
+    ort = onnxruntime()
+    options = ort.SessionOptions()
+    written = model.with_suffix(".optimized.onnx")
+    options.optimized_model_filepath = str(written)
+    ort.InferenceSession(str(model), options, providers=["CUDAExecutionProvider"])
+    nodes = onnx.load(written, load_external_data=False).graph.node
+    return sum(node.op_type in ("MemcpyToHost", "MemcpyFromHost") for node in nodes)
+
+
 def measure(case: Case, provider: str, batch: int, options: argparse.Namespace) -> list[Any]:
     """Time one model in every variant."""
     rows = []
@@ -171,6 +185,7 @@ def measure(case: Case, provider: str, batch: int, options: argparse.Namespace) 
                         "rows": seen,
                         "strategy": strategy,
                         "flagged": flagged,
+                        "memcpy_nodes": transfers(patched, provider),
                         **asdict(timing),
                     }
                     rows.append(row)

@@ -8,7 +8,8 @@ from onnx import ModelProto
 PLAIN = """
     kt = Transpose <perm = [0, 1, 3, 2]> (k)
     s = MatMul (q, kt)
-    half = Constant <value_float = 0.5> ()
+    scale = Constant <value_float = 0.5> ()
+    half = CastLike (scale, mask)
     t = Mul (s, half)
     u = Add (t, mask)
     p = Softmax <axis = -1> (u)

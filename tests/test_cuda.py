@@ -6,14 +6,28 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
+import onnx.printer
 import pytest
+from onnx import ModelProto
 
 from atpatch_onnx.detector import load_detector
+from atpatch_onnx.passes.graph_view import GraphView
+from atpatch_onnx.passes.locate import locate
 from atpatch_onnx.passes.redistribute import Redistribution
 from atpatch_onnx.passes.splice import Splice, Strategy, Treatment
-from atpatch_onnx.runtime import Session, choose_provider, onnxruntime
+from atpatch_onnx.runtime import Arrays, Session, choose_provider, onnxruntime
 
-from hosts import COLUMN_MEAN, attention, detector, model_file, random_feeds, spliced
+from forms import BODIES, form
+from hosts import (
+    COLUMN_MEAN,
+    COLUMN_MEAN_18,
+    attention,
+    detector,
+    model_file,
+    random_feeds,
+    spliced,
+)
 
 pytestmark = pytest.mark.cuda
 
@@ -24,30 +38,85 @@ def _needs_cuda() -> None:
         pytest.skip("no CUDA execution provider on this machine")
 
 
+def forms(dtype: str) -> dict[str, ModelProto]:
+    """A plain host and fused ones, in one type."""
+    hosts = {"two plain sites": attention(17, dtype)}
+    for body in BODIES:
+        text = onnx.printer.to_text(form("main", body))
+        hosts[body] = onnx.parser.parse_model(text.replace("float[", f"{dtype}["))
+    return hosts
+
+
+def patched(model: ModelProto, threshold: float, strategy: Strategy, folder: Path) -> bytes:
+    file = model_file(model)
+    opset = GraphView.of(model).opset
+    body = COLUMN_MEAN if opset < 18 else COLUMN_MEAN_18
+    onnx.save(detector(body, threshold=threshold, opset=opset), folder / "det.onnx")
+    treatment = Treatment(Redistribution.UNIFORM, load_detector(folder / "det.onnx", opset))
+    names = [site.name for site in locate(file.skeleton).sites]
+    return spliced(file, Splice(dict.fromkeys(names, treatment), strategy))[0].content()
+
+
+def feeds_for(model: ModelProto, dtype: str) -> Arrays:
+    feeds = random_feeds(dtype, batch=8, length=64)
+    wanted = {value.name for value in model.graph.input}
+    if "flag" in wanted:
+        feeds["mask"] = np.repeat(feeds["mask"], 64, axis=2)
+        feeds["flag"] = np.array(True)
+    return {name: feeds[name] for name in wanted}
+
+
 @pytest.mark.parametrize("dtype", ["float", "float16"])
 @pytest.mark.parametrize("strategy", [Strategy.GUARD, Strategy.SELECT])
-def test_nothing_flagged_changes_nothing(strategy: Strategy, dtype: str, tmp_path: Path) -> None:
-    onnx.save(detector(COLUMN_MEAN, threshold=1.0), tmp_path / "det.onnx")
-    never = load_detector(tmp_path / "det.onnx", 17)
-    host = model_file(attention(17, dtype))
-    names = ("attention.0", "attention.1")
-    treatment = Treatment(Redistribution.UNIFORM, never)
-    after, _ = spliced(host, Splice(dict.fromkeys(names, treatment), strategy))
-    feeds = random_feeds(dtype, batch=8, length=64)
-    before = Session(bytes(host.buffer), "cuda").run(feeds)["y"]
-    assert np.array_equal(before, Session(after.content(), "cuda").run(feeds)["y"])
+@pytest.mark.parametrize("body", ["two plain sites", *BODIES])
+def test_nothing_flagged_changes_nothing(
+    body: str, strategy: Strategy, dtype: str, tmp_path: Path
+) -> None:
+    host = forms(dtype)[body]
+    after = patched(host, 1.0, strategy, tmp_path)
+    feeds = feeds_for(host, dtype)
+    before = Session(host.SerializeToString(), "cuda").run(feeds)["y"]
+    assert np.array_equal(before, Session(after, "cuda").run(feeds)["y"])
 
 
-def test_select_keeps_every_node_on_the_device(tmp_path: Path) -> None:
-    onnx.save(detector(COLUMN_MEAN, threshold=0.1), tmp_path / "det.onnx")
-    found = load_detector(tmp_path / "det.onnx", 17)
-    host = model_file(attention(17, "float16"))
-    names = ("attention.0", "attention.1")
-    treatment = Treatment(Redistribution.UNIFORM, found)
-    after, _ = spliced(host, Splice(dict.fromkeys(names, treatment), Strategy.SELECT))
+@pytest.mark.parametrize("body", ["two plain sites", *BODIES])
+def test_flagged_samples_are_what_the_cpu_says(body: str, tmp_path: Path) -> None:
+    host = forms("float")[body]
+    feeds = feeds_for(host, "float")
+    for strategy in (Strategy.GUARD, Strategy.SELECT):
+        after = patched(host, 0.02, strategy, tmp_path)
+        cpu, cuda = (Session(after, ep).run(feeds)["y"] for ep in ("cpu", "cuda"))
+        assert not np.array_equal(cuda, Session(host.SerializeToString(), "cuda").run(feeds)["y"])
+        np.testing.assert_allclose(cuda, cpu, atol=1e-2)  # TF32
+
+
+@pytest.mark.parametrize("body", ["two plain sites", *BODIES])
+def test_select_keeps_every_node_on_the_device(body: str, tmp_path: Path) -> None:
+    host = forms("float16")[body]
+    after = patched(host, 0.1, Strategy.SELECT, tmp_path)
     ort = onnxruntime()
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    ort.InferenceSession(after.content(), options, providers=["CUDAExecutionProvider"])
+    ort.InferenceSession(after, options, providers=["CUDAExecutionProvider"])
     ops = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
     assert not ops & {"MemcpyToHost", "MemcpyFromHost", "If"}
+
+
+@pytest.mark.parametrize("body", ["two plain sites", *BODIES])
+def test_select_can_be_captured_in_a_cuda_graph(body: str, tmp_path: Path) -> None:
+    host = forms("float16")[body]
+    after = patched(host, 0.1, Strategy.SELECT, tmp_path)
+    ort = onnxruntime()
+    provider = ("CUDAExecutionProvider", {"enable_cuda_graph": "1"})
+    session = ort.InferenceSession(after, providers=[provider])
+    feeds = feeds_for(host, "float16")
+    binding = session.io_binding()
+    held = {n: ort.OrtValue.ortvalue_from_numpy(feeds[n], "cuda", 0) for n in feeds}
+    for name in (value.name for value in session.get_inputs()):
+        binding.bind_ortvalue_input(name, held[name])
+    result = ort.OrtValue.ortvalue_from_numpy(np.zeros_like(feeds["q"]), "cuda", 0)
+    binding.bind_ortvalue_output("y", result)
+    wanted = Session(after, "cuda").run(feeds)["y"]
+    for _ in range(3):  # captured, then replayed
+        session.run_with_iobinding(binding)
+        assert np.array_equal(result.numpy(), wanted)
