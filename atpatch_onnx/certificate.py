@@ -18,8 +18,9 @@ from .comparing import Difference, compare
 from .errors import CheckError
 from .external_data import external_digest, external_tensors
 from .model_file import ModelFile
-from .patching import Rewritten, about_patches, record_keys, revert
+from .patching import about_patches, record_keys, revert
 from .progress import Tick
+from .provenance import statement
 from .wire import Field
 
 FORMAT = 2
@@ -51,6 +52,7 @@ class Certificate:
 
     patches: what the result says of its patches: sites, detectors, training records.
     versions: what made the certificate.
+    provenance: base, detectors, training records and tools as an in-toto statement.
     """
 
     base: FileDigest
@@ -60,6 +62,7 @@ class Certificate:
     difference: Difference
     patches: list[dict[str, Any]]
     versions: dict[str, str]
+    provenance: dict[str, Any]
     format: int = FORMAT
 
     def as_dict(self) -> dict[str, Any]:
@@ -73,14 +76,18 @@ def certify(base: ModelFile, result: ModelFile, external: Tick | None = None) ->
     external: given, the external weights are read and hashed, with its progress.
     Raises: CheckError if anything differs that a patch may not change.
     """
+    versions = {name: version(name) for name in ("atpatch-onnx", "onnx", "onnx-graphsurgeon")}
+    patches = about_patches(result)
+    files = (base.path.name, base.sha256), (result.path.name, result.sha256)
     return Certificate(
         base=FileDigest(base.path.name, base.sha256, base.size),
         result=FileDigest(result.path.name, result.sha256, result.size),
         original_nodes=len(base.nodes),
         initializers=list(_initializers(base, external)),
         difference=compare(base, result),
-        patches=about_patches(result),
-        versions={name: version(name) for name in ("atpatch-onnx", "onnx", "onnx-graphsurgeon")},
+        patches=patches,
+        versions=versions,
+        provenance=statement(*files, patches, versions),
     )
 
 
@@ -155,7 +162,12 @@ def verify(
 def _check_revert(base: ModelFile, result: ModelFile) -> str:
     if not record_keys(result):
         raise CheckError(f"{result.path} carries no patch, so that nothing can be reverted")
-    restored: Rewritten = revert(result)
+    restored = revert(result)
+    while restored.sha256 != base.sha256:  # several patches may lie between the two
+        inner = ModelFile.from_bytes(restored.content(), result.path)
+        if not record_keys(inner):
+            break
+        restored = revert(inner)
     found, wanted = restored.sha256, base.sha256
     if found != wanted:
         raise CheckError(
@@ -181,6 +193,7 @@ def _check_certificate(claimed: dict[str, Any], found: list[Certificate]) -> str
         if claimed.get(key) != actual[key]:
             what = "other differences" if key == "difference" else f"another '{key}'"
             raise CheckError(f"the certificate lists {what} than the files show")
+    _check_provenance(claimed, actual)
     hashed = [t for t in actual["initializers"] if t["external"] is None]
     unread = []
     if len(actual["initializers"]) != len(claimed["initializers"]):
@@ -198,6 +211,25 @@ def _check_certificate(claimed: dict[str, Any], found: list[Certificate]) -> str
         )
     note = f"; {len(unread)} external tensors compared by reference only" if unread else ""
     return f"all digests agree ({len(hashed)} tensors by content{note})"
+
+
+def _check_provenance(claimed: dict[str, Any], actual: dict[str, Any]) -> None:
+    """Raises: CheckError if the statement is not what the rest of the certificate says.
+
+    File names are told and not checked, as tool versions are; certificates of earlier versions
+    have no statement.
+    """
+    if "provenance" not in claimed:
+        return
+    try:
+        files = [(claimed[side].get("file"), actual[side]["sha256"]) for side in ("base", "result")]
+        expected = statement(files[0], files[1], actual["patches"], claimed["versions"])
+    except (KeyError, TypeError, ValueError):
+        expected = None
+    if claimed["provenance"] != expected:
+        raise CheckError(
+            "the certificate's provenance statement was altered: it is not about these files"
+        )
 
 
 def _check_form(claimed: dict[str, Any]) -> None:

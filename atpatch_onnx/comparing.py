@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from onnx import (
     GraphProto,
+    ModelProto,
     NodeProto,
     OperatorSetIdProto,
     StringStringEntryProto,
@@ -19,6 +20,7 @@ from onnx import (
     ValueInfoProto,
 )
 
+from .edits import parsed_scope
 from .errors import CheckError
 from .model_file import (
     ATTRIBUTE_GRAPH,
@@ -32,11 +34,13 @@ from .model_file import (
     MODEL_OPSET,
     NODE_ATTRIBUTE,
     NODE_INPUT,
+    NODE_NAME,
     NODE_OUTPUT,
     ModelFile,
     tensors_of,
 )
-from .passes.protos import called
+from .passes.functions import body
+from .passes.protos import called, subgraphs
 from .wire import LEN, Field
 from .wire import fields as wire_fields
 
@@ -86,11 +90,11 @@ class Difference:
 
 def compare(base: ModelFile, result: ModelFile) -> Difference:
     """Every difference between the two files. Raises: CheckError for one that no patch makes."""
-    comparison = _Comparison(base, result)
+    comparison = _Comparison(base, result, base.skeleton)
     difference = Difference()
     comparison.walk(base.model_fields, result.model_fields, _Model(comparison, difference))
     graph = base.skeleton.graph
-    rules = _Graph(comparison, difference, graph, _weights(graph), "")
+    rules = _Graph(comparison, difference, graph, _weights(graph, set()), "")
     comparison.walk(base.graph_fields, result.graph_fields, rules)
     rules.finish()
     needed = set(difference.inserted_inputs) - set(difference.inserted_initializers)
@@ -104,16 +108,24 @@ def compare(base: ModelFile, result: ModelFile) -> Difference:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """The two files."""
+    """The two files, and the model whose functions are called."""
 
     base: ModelFile
     result: ModelFile
+    model: ModelProto
+    _names: dict[int, bytes] = field(default_factory=dict)
 
     def walk(self, old: list[Field], new: list[Field], rules: _Model | _Graph) -> None:
         """Match the fields of the base, in order, with those of the result; others are new."""
         position = 0
         for a in old:
-            found = next((i for i in range(position, len(new)) if rules.same(a, new[i])), None)
+            found = None
+            for i in range(position, len(new)):
+                if rules.same(a, new[i]):
+                    found = i
+                    break
+                if not rules.may_be_new(new[i]):
+                    break
             if found is None:
                 if rules.removed(a):
                     continue
@@ -148,6 +160,14 @@ class _Comparison:
         """The content of a field of the result."""
         return bytes(self.result.buffer[b.payload : b.end])
 
+    def node_name(self, b: Field) -> bytes:
+        """The name of a node of the result."""
+        if b.start not in self._names:
+            inside = wire_fields(self.result.buffer, b.payload, b.end)
+            held = next((f for f in inside if f.number == NODE_NAME), None)
+            self._names[b.start] = b"" if held is None else self.new(held)
+        return self._names[b.start]
+
     def inside(self, a: Field, b: Field) -> tuple[list[Field], list[Field]]:
         """The fields of two messages."""
         return (
@@ -167,6 +187,9 @@ class _Model:
         if (a.number, a.wire_type) != (b.number, b.wire_type):
             return False
         return a.number == MODEL_GRAPH or self.files.old(a) == self.files.new(b)
+
+    def may_be_new(self, _: Field) -> bool:
+        return True
 
     def accept(self, _: Field) -> None:
         """Nothing to note."""
@@ -216,6 +239,8 @@ class _Graph:
         self.found = Difference()  # of the fields compared last
         self.freed: set[str] = set()
         self.made: list[str] = []
+        self.calls: list[NodeProto] = []
+        self.new_nodes: list[Field] = []
 
     def same(self, a: Field, b: Field) -> bool:
         if (a.number, a.wire_type) != (b.number, b.wire_type):
@@ -226,9 +251,10 @@ class _Graph:
         length = b.end - b.payload
         if a.end - a.payload == length and self.files.old(a) == self.files.new(b):
             return True
-        found = _Node(self.files, self.graph.node[self.node], self.weights, self.place).compare(
-            a, b
-        )
+        node = self.graph.node[self.node]
+        if isinstance(node.name, str) and self.files.node_name(b) != node.name.encode():
+            return False
+        found = _Node(self.files, node, self.weights, self.place).compare(a, b)
         if found is None:
             return False
         self.found = found
@@ -241,6 +267,12 @@ class _Graph:
             self.node += 1
             self.difference.extend(self.found)
             self.freed.update(slot.old for slot in self.found.renamed if slot.scope == self.scope)
+
+    def may_be_new(self, b: Field) -> bool:
+        """Whether a field may be skipped as one of a patch."""
+        if b.number != GRAPH_NODE:
+            return True
+        return self.files.node_name(b).startswith(PREFIX.encode())
 
     @property
     def place(self) -> tuple[str, int]:
@@ -255,7 +287,8 @@ class _Graph:
         self.node += 1
         self.difference.removed_nodes.append(node.name or node.output[0])
         self.freed.update(filter(None, node.output))
-        return called(self.files.base.skeleton, node) is not None
+        self.calls.append(node)
+        return called(self.files.model, node) is not None
 
     def insert(self, b: Field) -> bool:
         # Callers know inputs and outputs by their order, so that own ones come last.
@@ -271,7 +304,8 @@ class _Graph:
         if not _ours(entry.name):
             return False
         if is_node:
-            self.made += [name for name in entry.output if not _ours(name)]
+            self.new_nodes.append(b)
+            self.made += [name for name in entry.output if name and not _ours(name)]
         tensors = (entry,) if isinstance(entry, TensorProto) else ()
         return not any(
             tensor.data_location == TensorProto.EXTERNAL
@@ -283,6 +317,24 @@ class _Graph:
         if sorted(self.made) != sorted(self.freed):
             odd = next(iter(set(self.made) ^ self.freed), self.made[0] if self.made else "")
             raise self.files.altered(f"the value '{odd}' is made by nodes that are")
+        self.check_bodies()
+
+    def check_bodies(self) -> None:
+        """Raises: CheckError unless functions' bodies are there in place of removed calls."""
+        for call in self.calls:
+            self._check_body(call)
+
+    def _check_body(self, call: NodeProto) -> None:
+        function = called(self.files.model, call)
+        assert function is not None
+        graph = GraphProto(node=body(function, call, parsed_scope(self.scope)))
+        content = graph.SerializeToString()
+        there = ModelFile(self.files.base.path, content, len(content))
+        files = _Comparison(there, self.files.result, self.files.model, self.files._names)
+        weights = _weights(graph, self.weights)
+        rules = _Graph(files, Difference(), graph, weights, self.scope)
+        files.walk(list(wire_fields(content, 0, len(content))), self.new_nodes, rules)
+        rules.check_bodies()
 
 
 @dataclass(frozen=True)
@@ -300,6 +352,9 @@ class _Node:
     def compare(self, a: Field, b: Field) -> Difference | None:
         """In what they differ; None if in more than a patch may change."""
         old, new = self.files.inside(a, b)
+        surplus = _surplus(old, new)
+        added = [self._name(f) for f in surplus]
+        new = [f for f in new if f not in surplus]
         difference = Difference()
         slots = {NODE_INPUT: 0, NODE_OUTPUT: 0}
         attributes = 0
@@ -318,8 +373,9 @@ class _Node:
                     return None
             elif not equal:
                 return None
-        added = [self._name(f) for f in new[len(old) :] if f.number == NODE_OUTPUT]
-        if len(added) != len(new) - len(old) or not all(map(_ours, added)):
+        if len(old) != len(new) or (added and self.node.op_type != "If"):
+            return None
+        if not all(map(_ours, added)):
             return None
         difference.inserted_node_outputs.extend(added)
         return difference
@@ -330,8 +386,8 @@ class _Node:
     def _slot(self, one: Field, other: Field, slot: int, difference: Difference) -> bool:
         """Note a slot under another name."""
         old, new = self.files.old(one).decode(errors="replace"), self._name(other)
-        # A weight is changed as well by reading another in its place.
-        if not _ours(new) or old in self.weights:
+        # A weight is changed as well by reading another in its place, an option by giving it.
+        if not _ours(new) or not old or old in self.weights:
             return False
         scope, index = self.place
         name = self.node.name or self.node.output[0]
@@ -343,8 +399,11 @@ class _Node:
         """Compare the graphs in an attribute; the rest of it must be the same."""
         sides = self.files.inside(one, other)
         numbers = (ATTRIBUTE_GRAPH, ATTRIBUTE_GRAPHS)
+        heads = [[(f.number, f.wire_type) for f in side] for side in sides]
         plain = [[f for f in side if f.number not in numbers] for side in sides]
-        if [*map(self.files.old, plain[0])] != [*map(self.files.new, plain[1])]:
+        if heads[0] != heads[1] or [*map(self.files.old, plain[0])] != [
+            *map(self.files.new, plain[1])
+        ]:
             return False
         held, given = ([f for f in side if f.number in numbers] for side in sides)
         if len(held) != len(given) or index >= len(self.node.attribute):
@@ -358,7 +417,7 @@ class _Node:
             inner = f"{scope}/{place}.{index}.{number}".removeprefix("/")
             attribute = self.node.attribute[index]
             graph = attribute.g if attribute.HasField("g") else attribute.graphs[number]
-            weights = self.weights | _weights(graph)
+            weights = _weights(graph, self.weights)
             rules = _Graph(self.files, difference, graph, weights, inner)
             fields_ = [self.files.inside(x, y) for x, y in zip(xs, ys, strict=True)]
             try:
@@ -373,11 +432,23 @@ class _Node:
         return True
 
 
-def _weights(graph: GraphProto) -> set[str]:
-    """The values of a graph that are weights."""
+def _surplus(old: list[Field], new: list[Field]) -> list[Field]:
+    """The outputs that a node has more than before."""
+    outputs = [f for f in new if f.number == NODE_OUTPUT]
+    return outputs[sum(f.number == NODE_OUTPUT for f in old) :]
+
+
+def _weights(graph: GraphProto, outer: set[str]) -> set[str]:
+    """The values that are weights, or computed from weights alone, in a graph and around it."""
     found = {tensor.name for tensor in graph.initializer}
     found |= {tensor.values.name for tensor in graph.sparse_initializer}
-    return found | {n.output[0] for n in graph.node if n.op_type == "Constant" and n.output}
+    found |= outer
+    for node in graph.node:
+        inputs = [name for name in node.input if name]
+        made = node.op_type == "Constant" or (inputs and found.issuperset(inputs))
+        if made and not subgraphs(node):
+            found.update(filter(None, node.output))
+    return found
 
 
 def _ours(name: object) -> bool:

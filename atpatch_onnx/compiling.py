@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 
-from onnx import ModelProto, OperatorSetIdProto, StringStringEntryProto, TensorProto
+from onnx import ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto, TensorProto
 
 from .edits import (
+    RECORD_KEY,
     AddInitializer,
     AddInput,
     AddMetadata,
@@ -41,9 +42,6 @@ from .model_file import (
 from .passes.graph_view import GraphView
 from .passes.protos import called, subgraphs
 from .wire import LEN, Field, Replacement, delimited, fields, growth, header
-
-RECORD_KEY = "atpatch.record"
-"""Metadata key of the record; that of a second patch on top is `atpatch.record.2`, and so on."""
 
 
 def is_key(key: str, base: str) -> bool:
@@ -194,6 +192,8 @@ def _check_edits(
                     problem = f"node {index} of {count}"
                 elif isinstance(edit, RemoveNode) and not _is_call(model, edit):
                     problem = f"to remove node {index}, which is no call of a function,"
+                elif isinstance(edit, AddNodeOutput) and _node(model, edit).op_type != "If":
+                    problem = f"another output of node {index}, which is no If,"
             case AddInitializer(tensor):
                 if _is_external(tensor):
                     problem = "a tensor in another file"
@@ -212,8 +212,12 @@ def _check_edits(
 
 def _is_call(model: ModelFile, edit: RemoveNode) -> bool:
     """Whether the node is a call of a model-local function."""
-    node = GraphView.of(model.skeleton).at(edit.scope).nodes[edit.node]
-    return called(model.skeleton, node) is not None
+    return called(model.skeleton, _node(model, edit)) is not None
+
+
+def _node(model: ModelFile, edit: RemoveNode | AddNodeOutput) -> NodeProto:
+    """The base node that an edit is for."""
+    return GraphView.of(model.skeleton).at(edit.scope).nodes[edit.node]
 
 
 def _is_external(tensor: TensorProto) -> bool:
@@ -244,42 +248,50 @@ def check_names(model: ModelProto, edits: Iterable[Edit]) -> None:
     """Raises: RefusedError if an edit brings a name that the model or another edit has, or leaves
     a value without a node that makes it."""
     edits = tuple(edits)
-    freed = set(_freed(model, edits))
+    values, nodes = _freed(model, edits)
+    freed = {name for _, name in values} | nodes
     taken = set(names(model)) - freed
-    defined: Counter[str] = Counter()
+    defined: Counter[tuple[Scope, str]] = Counter()
+
+    def define(scope: Scope, *made: str) -> None:
+        # Two branches may have values of one name, and give up both.
+        defined.update({(scope if name in freed else (), name) for name in made if name})
+
     for edit in edits:
         if isinstance(edit, AddNode):
-            defined.update({f"node {edit.node.name}": 1, **dict.fromkeys(edit.node.output, 1)})
+            define(edit.scope, f"node {edit.node.name}", *edit.node.output)
         elif isinstance(edit, AddInitializer):
-            defined[edit.tensor.name] += 1
+            define((), edit.tensor.name)
         elif isinstance(edit, RenameOutput):
-            defined[edit.new] += 1
+            define(edit.scope, edit.new)
         elif isinstance(edit, AddNodeOutput):
-            defined[edit.name] += 1
+            define(edit.scope, edit.name)
         elif isinstance(edit, AddMetadata):
-            defined[f"metadata {edit.key}"] += 1
-    clash = next((n for n, count in defined.items() if n and (count > 1 or n in taken)), None)
+            define((), f"metadata {edit.key}")
+    clash = next((n for (_, n), count in defined.items() if count > 1 or n in taken), None)
     if clash is not None:
         raise RefusedError(
             f"the name '{clash}' is already taken in the model: revert its earlier patch first, or "
             "rename the value in the model"
         )
-    values = (name for name in freed if not name.startswith("node "))
-    lost = next((name for name in values if name not in defined), None)
+    lost = next((name for scope, name in values if (scope, name) not in defined), None)
     if lost is not None:
         raise _not_allowed(f"to leave '{lost}' without a node that makes it")
 
 
-def _freed(model: ModelProto, edits: Iterable[Edit]) -> Iterator[str]:
-    """The names that base nodes give up."""
+def _freed(model: ModelProto, edits: Iterable[Edit]) -> tuple[set[tuple[Scope, str]], set[str]]:
+    """What base nodes give up: names of values, each with its graph, and names of nodes."""
     view = GraphView.of(model)
+    values: set[tuple[Scope, str]] = set()
+    nodes: set[str] = set()
     for edit in edits:
         if isinstance(edit, RenameOutput):
-            yield edit.old
+            values.add((edit.scope, edit.old))
         elif isinstance(edit, RemoveNode):
             node = view.at(edit.scope).nodes[edit.node]
-            yield from filter(None, node.output)
-            yield f"node {node.name}"
+            values.update((edit.scope, name) for name in node.output if name)
+            nodes.add(f"node {node.name}")
+    return values, nodes
 
 
 def names(model: ModelProto) -> Iterator[str]:

@@ -11,9 +11,26 @@ from dataclasses import dataclass
 
 from onnx import NodeProto, TensorProto, ValueInfoProto
 
+RECORD_KEY = "atpatch.record"
+"""Metadata key of what undoes a patch; that of a second one on top is `atpatch.record.2`, ..."""
+
 Scope = tuple[tuple[int, int, int], ...]
 """Where a graph lies: for each enclosing node, from outside, its index, the index of its attribute,
 and of the graph in that attribute. The main graph: ()."""
+
+
+def scope_text(scope: Scope) -> str:
+    """A scope as text: "12.0.0/3.1.0", "" for the main graph."""
+    return "/".join(".".join(map(str, step)) for step in scope)
+
+
+def parsed_scope(text: str) -> Scope:
+    """The scope that `scope_text` wrote. Raises: ValueError."""
+    steps = [tuple(map(int, step.split("."))) for step in text.split("/")] if text else []
+    scope = tuple((step[0], step[1], step[2]) for step in steps if len(step) == 3)
+    if len(scope) != len(steps) or any(number < 0 for step in scope for number in step):
+        raise ValueError(f"no scope: {text}")
+    return scope
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from .edits import (
     RemoveNode,
     RenameOutput,
     RewireInput,
-    Scope,
+    parsed_scope,
+    scope_text,
 )
 from .errors import InputError, reason
 from .model_file import ModelFile
@@ -79,11 +80,20 @@ def save_patch(patch: Patch, base: ModelFile) -> bytes:
 def load_patch(path: str | Path) -> Patch:
     """Read an `.atpatch` file. Raises: InputError if it is none."""
     path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {reason(error)}") from None
+    return parse_patch(content, str(path))
+
+
+def parse_patch(content: bytes, source: str) -> Patch:
+    """The patch in the content of an `.atpatch` file. Raises: InputError, which names `source`."""
     broken = InputError(
-        f"{path} is not a usable .atpatch file: make it with atpatch-onnx patch --patch-only"
+        f"{source} is not a usable .atpatch file: make it with atpatch-onnx patch --patch-only"
     )
     try:
-        model = ModelProto.FromString(path.read_bytes())
+        model = ModelProto.FromString(content)
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         if metadata.get("atpatch.patch.format") != str(FORMAT):
             raise broken
@@ -91,8 +101,6 @@ def load_patch(path: str | Path) -> Patch:
         if not listed or not isinstance(listed, list) or not _all_text(model.graph):
             raise broken
         return Patch(metadata["atpatch.patch.base_sha256"], tuple(_edits(model, listed)))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {reason(error)}") from None
     except (DecodeError, ValueError, KeyError, IndexError, TypeError):
         raise broken from None
 
@@ -128,39 +136,25 @@ def _edit_list(patch: Patch) -> Iterator[list[Any]]:
     for edit in patch.edits:
         match edit:
             case AddNode(before, node, scope):
-                yield ["add_node", before, node.name, _written(scope)]
+                yield ["add_node", before, node.name, scope_text(scope)]
             case RemoveNode(index, scope):
-                yield ["remove_node", index, _written(scope)]
+                yield ["remove_node", index, scope_text(scope)]
             case AddInitializer(tensor):
                 yield ["add_initializer", tensor.name]
             case RewireInput(index, slot, old, new, scope):
-                yield ["rewire_input", index, slot, old, new, _written(scope)]
+                yield ["rewire_input", index, slot, old, new, scope_text(scope)]
             case RenameOutput(index, slot, old, new, scope):
-                yield ["rename_output", index, slot, old, new, _written(scope)]
+                yield ["rename_output", index, slot, old, new, scope_text(scope)]
             case AddInput(value):
                 yield ["add_input", value.name]
             case AddOutput(value, scope):
-                yield ["add_output", value.name, _written(scope)]
+                yield ["add_output", value.name, scope_text(scope)]
             case AddNodeOutput(index, name, scope):
-                yield ["add_node_output", index, name, _written(scope)]
+                yield ["add_node_output", index, name, scope_text(scope)]
             case AddOpsetImport(domain, version):
                 yield ["add_opset", domain, version]
             case AddMetadata(key, text):
                 yield ["add_metadata", key, text]
-
-
-def _written(scope: Scope) -> str:
-    """A scope as text: "12.0.0/3.1.0", "" for the main graph."""
-    return "/".join(".".join(map(str, step)) for step in scope)
-
-
-def _scope(text: str) -> Scope:
-    """The scope that `_written` wrote. Raises: ValueError."""
-    steps = [tuple(map(int, step.split("."))) for step in text.split("/")] if text else []
-    scope = tuple((step[0], step[1], step[2]) for step in steps if len(step) == 3)
-    if len(scope) != len(steps) or any(number < 0 for step in scope for number in step):
-        raise ValueError(f"no scope: {text}")
-    return scope
 
 
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -190,21 +184,21 @@ def _edits(model: ModelProto, listed: list[list[Any]]) -> Iterator[Edit]:
     for kind, *rest in listed:
         match kind:
             case "add_node":
-                yield AddNode(rest[0], next(nodes), _scope(rest[-1]))
+                yield AddNode(rest[0], next(nodes), parsed_scope(rest[-1]))
             case "remove_node":
-                yield RemoveNode(rest[0], _scope(rest[-1]))
+                yield RemoveNode(rest[0], parsed_scope(rest[-1]))
             case "add_initializer":
                 yield AddInitializer(tensors[rest[0]])
             case "rewire_input":
-                yield RewireInput(rest[0], rest[1], rest[2], rest[3], _scope(rest[4]))
+                yield RewireInput(rest[0], rest[1], rest[2], rest[3], parsed_scope(rest[4]))
             case "rename_output":
-                yield RenameOutput(rest[0], rest[1], rest[2], rest[3], _scope(rest[4]))
+                yield RenameOutput(rest[0], rest[1], rest[2], rest[3], parsed_scope(rest[4]))
             case "add_input":
                 yield AddInput(inputs[rest[0]])
             case "add_output":
-                yield AddOutput(outputs[rest[0]], _scope(rest[-1]))
+                yield AddOutput(outputs[rest[0]], parsed_scope(rest[-1]))
             case "add_node_output":
-                yield AddNodeOutput(rest[0], rest[1], _scope(rest[2]))
+                yield AddNodeOutput(rest[0], rest[1], parsed_scope(rest[2]))
             case "add_opset":
                 yield AddOpsetImport(*rest)
             case "add_metadata":

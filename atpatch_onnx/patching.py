@@ -16,8 +16,8 @@ from typing import Any
 
 from onnx import StringStringEntryProto
 
-from .compiling import RECORD_KEY, compiled, is_key
-from .edits import AddMetadata, Edit
+from .compiling import compiled, is_key
+from .edits import RECORD_KEY, AddMetadata, Edit
 from .errors import CheckError, InputError, RefusedError
 from .model_file import MODEL_METADATA, ModelFile
 from .wire import Replacement, delimited, growth, replaced
@@ -119,6 +119,14 @@ def revert(model: ModelFile) -> Rewritten:
     except (ValueError, KeyError, TypeError):
         raise altered from None
     return result
+
+
+def original(model: ModelFile) -> Rewritten:
+    """The file that `model` was before its first patch. Raises: as `revert`."""
+    restored = revert(model)
+    while record_keys(inner := ModelFile.from_bytes(restored.content(), model.path)):
+        restored = revert(inner)
+    return restored
 
 
 def check_order(model: ModelFile, patched: ModelFile) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
+from .functions import IN_BRANCH
 from .functions import PREFIX as INLINED
 from .graph_view import Dim, GraphView
 from .walk import PRODUCTS, is_product, operands, score_inputs
@@ -70,7 +71,9 @@ def _module_path(node: NodeProto) -> str:
                 break
             if scopes:
                 return _clean(str(scopes[-1]))
-    path, _, _ = node.name.removeprefix(INLINED).rpartition("/")
+    path, _, _ = node.name.rpartition("/")
+    if path.startswith(INLINED):  # a function's body: the scope of its call is no module
+        path = re.sub(rf"^{IN_BRANCH}[\d._]+/", "", path.removeprefix(INLINED))
     return _clean(path)
 
 
@@ -131,7 +134,8 @@ def _width(view: GraphView, value: str) -> Dim:
     if shape:
         return shape[-1]
     if node is not None and node.op_type in ("Add", "MatMul"):
-        weights = (view.initializers.get(name) for name in node.input)
+        read = node.input if node.op_type == "Add" else node.input[1:]
+        weights = (view.initializers.get(name) for name in read)
         sizes = [t.dims[-1] for t in weights if t is not None and t.dims]
         return int(sizes[0]) if sizes and sizes[0] > 1 else None
     return None

@@ -15,12 +15,20 @@ def is_reachable(view: GraphView, path: Scope) -> bool:
     """Whether values of the graph at `path` can become outputs of the model.
 
     The body of a loop runs many times, and a generation operator gives nothing away; a branch of an
-    `If` can have a further output, which is empty where the other branch runs.
+    `If` can have a further output, which is empty where the other branch runs (from opset 11 on:
+    before, both must have one shape).
     """
     return all(
-        step[1] == CALL or view.at(path[:depth]).nodes[step[0]].op_type == "If"
+        step[1] == CALL
+        or (view.opset >= 11 and view.at(path[:depth]).nodes[step[0]].op_type == "If")
         for depth, step in enumerate(path)
     )
+
+
+def path_of(view: GraphView, name: str) -> Scope | None:
+    """The path of the graph with a node that makes the value `name`; None if there is none."""
+    places = (view, *(inner for inner in view.nested() if inner.graph is not None))
+    return next((place.path for place in places if name in place.producers), None)
 
 
 def expose(

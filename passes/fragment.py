@@ -12,9 +12,9 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto
+from onnx import ModelProto, NodeProto, TensorProto
 
-from ..edits import AddInitializer, AddNode, Edit
+from ..edits import RECORD_KEY, AddInitializer, AddNode, Edit
 
 _AXES_AS_INPUT = {
     "ReduceSum": 13,
@@ -49,6 +49,12 @@ class Constants:
     def edits(self) -> Iterator[Edit]:
         """The tensors as edits."""
         return (AddInitializer(tensor) for tensor in self.tensors.values())
+
+
+def shared_prefix(model: ModelProto) -> str:
+    """Before the names of what sites share; a further patch on a model has names of its own."""
+    earlier = sum(p.key.startswith(RECORD_KEY) for p in model.metadata_props)
+    return f"atpatch/shared{earlier + 1 if earlier else ''}"
 
 
 def as_stored(edits: Iterable[Edit], ir_version: int) -> tuple[Edit, ...]:

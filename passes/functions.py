@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from onnx import AttributeProto, FunctionProto, NodeProto
 
+from ..edits import Scope, scope_text
 from .protos import graphs_of
 from .renaming import renamed
 
@@ -13,17 +14,22 @@ CALL = -1
 """Instead of an attribute's index in a scope: the function that the node calls."""
 
 PREFIX = "atpatch/inlined/"
+IN_BRANCH = "in"
+"""Behind the prefix, before the scope of a call that is not in the main graph."""
 
 
-def body(function: FunctionProto, call: NodeProto) -> list[NodeProto]:
+def body(function: FunctionProto, call: NodeProto, scope: Scope = ()) -> list[NodeProto]:
     """The nodes of `function` with the arguments of `call`; names within it are prefixed.
 
+    scope: of the call; two branches may have values of one name.
     Source: ONNX IR specification, "Functions".
     """
-    prefix = PREFIX + call.output[0].removeprefix(PREFIX)
+    branch = scope_text(tuple(step for step in scope if step[1] != CALL)).replace("/", "_")
+    made = next(filter(None, call.output), call.name).removeprefix(PREFIX)
+    prefix = f"{PREFIX}{IN_BRANCH}{branch}/{made}" if branch else PREFIX + made
     absent = [""] * len(function.input)
     bound = dict(zip(function.input, [*call.input, *absent], strict=False))
-    bound |= dict(zip(function.output, (name for name in call.output if name), strict=False))
+    bound |= {f: c for f, c in zip(function.output, call.output, strict=False) if c}
     given = {a.name: a for a in (*function.attribute_proto, *call.attribute)}
     nodes = [renamed(node, prefix, bound) for node in function.node]
     _give(nodes, given)

@@ -43,7 +43,7 @@ class GraphView:
 
     path: where it lies, see `edits.Scope`; a step `(index, CALL, CALL)` leads into the function
         that a node calls, whose nodes are here as they would stand in place of the call.
-    outer: the scope around it.
+    outer: the scope around it; function: the called function whose body it is.
     """
 
     model: ModelProto
@@ -52,6 +52,7 @@ class GraphView:
     scope: str = "main"
     path: Scope = ()
     outer: GraphView | None = None
+    function: FunctionProto | None = None
     _constants: dict[str, NDArray[np.generic] | None] = field(default_factory=dict)
 
     @classmethod
@@ -71,11 +72,11 @@ class GraphView:
         found: list[GraphView] = []
         for i, node in enumerate(self.nodes):
             name = f"{self.scope}/{node.name or node.op_type}"
-            function = self.functions.get((domain(node), node.op_type))
-            if function is not None:
+            function = self.functions.get((domain(node), node.op_type, node.overload))
+            if function is not None and not self.is_within(function):
                 path = (*self.path, (i, CALL, CALL))
-                nodes = body(function, node)
-                found.append(GraphView(self.model, nodes, None, name, path, self))
+                nodes = body(function, node, self.path)
+                found.append(GraphView(self.model, nodes, None, name, path, self, function))
                 continue
             for j, held in enumerate(node.attribute):
                 for k, graph in enumerate(graphs_of(held)):
@@ -85,11 +86,17 @@ class GraphView:
         return found
 
     @cached_property
-    def functions(self) -> dict[tuple[str, str], FunctionProto]:
-        """The model's functions by domain and name."""
+    def functions(self) -> dict[tuple[str, str, str], FunctionProto]:
+        """The model's functions by domain, name and overload."""
         if self.outer is not None:
             return self.outer.functions
-        return {(domain(f), f.name): f for f in self.model.functions}
+        return {(domain(f), f.name, f.overload): f for f in self.model.functions}
+
+    def is_within(self, function: FunctionProto) -> bool:
+        """Whether this is the body of `function`, or in it: one that calls itself has no end."""
+        if self.outer is None:
+            return False
+        return self.function is function or self.outer.is_within(function)
 
     def at(self, path: Scope) -> GraphView:
         """The view of the graph or body at `path`, which starts from this scope."""
@@ -149,6 +156,7 @@ class GraphView:
         if self.graph is None or self.outer is not None:
             found = {name for node in self.nodes for name in node.input}
             found -= set(self.producers) | set(self.initializers)
+            found -= self.outer.settled if self.outer else set()
         else:
             found = {value.name for value in self.graph.input} - set(self.initializers)
         # Control-flow nodes capture values, so that they vary although they may have no inputs.
@@ -163,6 +171,12 @@ class GraphView:
                 found.update(new)
                 queue += new
         return found
+
+    @cached_property
+    def settled(self) -> set[str]:
+        """Values that nodes here and around make without the graph's inputs."""
+        around = self.outer.settled if self.outer is not None else set()
+        return around | (set(self.producers) - self.varying)
 
     @cached_property
     def types(self) -> dict[str, ValueType]:
@@ -197,7 +211,9 @@ class GraphView:
         model = ModelProto(ir_version=self.model.ir_version, opset_import=self.model.opset_import)
         model.functions.extend(self.model.functions)
         model.graph.node.extend(self.nodes)
-        for name in dict.fromkeys(name for node in self.nodes for name in node.input):
+        for name in dict.fromkeys(
+            name for node in self.nodes for name in (*node.input, *sorted(read_within(node)))
+        ):
             if not name or name in self.producers:
                 continue
             constant, known = self.constant(name), self.outer.types.get(name)

@@ -31,6 +31,8 @@ FLOATS: dict[int, str] = {
 PREFIX = "atpatch/"
 """Before the names of what a patch brings."""
 
+PATCHED = "it is patched already"
+
 _EXPORT_FLAT = (
     "export the branches as separate models (for example decoder and decoder_with_past), or inline "
     "the functions with onnx.inliner.inline_local_functions"
@@ -118,13 +120,20 @@ def locate(model: ModelProto) -> Sites:
     view = GraphView.of(model)
     found: list[tuple[GraphView, _Candidate]] = []
     others: list[Other] = []
+    anchors: list[tuple[GraphView, NodeProto]] = []
+    places: list[int] = []
     for scope in (view, *view.nested()):
-        for result in _search(scope):
+        for node, result in _search(scope):
             if isinstance(result, Other):
                 others.append(result)
             else:
+                places.append(len(anchors))
                 found.append((scope, result))
-    names = site_names([(scope, scope.nodes[c.node]) for scope, c in found])
+            # What is patched keeps its name, so that others do not take it.
+            if not isinstance(result, Other) or result.reason == PATCHED:
+                anchors.append((scope, node))
+    every = site_names(anchors)
+    names = [every[place] for place in places]
     sites = [
         Site(
             name=name,
@@ -173,16 +182,18 @@ class _Anchor:
     form: str
 
 
-def _search(view: GraphView) -> Iterator[_Candidate | Other]:
+def _search(view: GraphView) -> Iterator[tuple[NodeProto, _Candidate | Other]]:
     for index, node in enumerate(view.nodes):
         if _is_ours(node.name):
             continue
         if is_fused(node):
-            yield _fused(view, index, node)
+            yield node, _fused(view, index, node)
         elif node.op_type == "LogSoftmax":
-            yield _other(view, node, "a log-softmax is a loss or a classifier, not attention")
+            reason = "a log-softmax is a loss or a classifier, not attention"
+            yield node, _other(view, node, reason)
         elif (anchor := _anchor(view, index, node)) is not None:
-            yield anchor if isinstance(anchor, Other) else _candidate(view, anchor)
+            found = anchor if isinstance(anchor, Other) else _candidate(view, anchor)
+            yield node, found
 
 
 def _anchor(view: GraphView, index: int, node: NodeProto) -> _Anchor | Other | None:
@@ -241,7 +252,7 @@ def _candidate(view: GraphView, anchor: _Anchor) -> _Candidate | Other:
     if scores is None:
         return _other(view, node, f"its scores come from {met}, not from a product of Q and K")
     if _is_patched(view, anchor.output):
-        return _refused(view, node, "it is patched already", "revert the model first")
+        return _refused(view, node, PATCHED, "revert the model first")
     if (changer := find_changed(view, anchor.output)) is not None:
         return _refused(
             view,
@@ -359,7 +370,7 @@ def _fused(view: GraphView, index: int, node: NodeProto) -> _Candidate | Other:
     if isinstance(opening, Closed):
         return _refused(view, node, f"the fused operator {name} {opening.reason}", opening.fix)
     if _is_ours(node.output[0]):
-        return _refused(view, node, "it is patched already", "revert the model first")
+        return _refused(view, node, PATCHED, "revert the model first")
     facts = SiteFacts(opening.heads, opening.shape, opening.causal, opening.cross)
     return _Candidate(name, index, node.output[0], (), opening.elem_type, 4, facts, opening)
 

@@ -10,7 +10,7 @@ from ..edits import AddNode, AddOutput, Edit, Scope
 from .calls import unfold
 from .expose import expose
 from .features import BASIC, Features, add_features
-from .fragment import Constants, Fragment, as_stored
+from .fragment import Constants, Fragment, as_stored, shared_prefix
 from .graph_view import GraphView
 from .locate import Site
 from .views import sampled
@@ -27,17 +27,19 @@ class Probe:
 
     features: which; maps: "whole" `[B, H, Q, K]`, "head_mean" `[B, 1, Q, K]`, "batch_mean"
     `[1, H, Q, K]`, or "" for none. rows: of that many query rows only.
+    shared: before the names of constants, if not as for patches.
     """
 
     features: tuple[str, ...] = BASIC
     maps: str = ""
     rows: int | None = None
+    shared: str = ""
 
     def __call__(
         self, view: GraphView, sites: tuple[Site, ...]
     ) -> tuple[list[Edit], dict[str, Features], dict[str, str]]:
         """The edits; by site, the outputs of its features and the output of its map."""
-        constants = Constants("atpatch/shared")
+        constants = Constants(self.shared or shared_prefix(view.model))
         edits: list[Edit] = []
         features: dict[str, Features] = {}
         maps: dict[str, str] = {}

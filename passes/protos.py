@@ -40,11 +40,8 @@ def read_within(node: NodeProto) -> set[str]:
 
 def called(model: ModelProto, node: NodeProto) -> FunctionProto | None:
     """The function of the model that `node` calls, if it calls one."""
-    name, place = node.op_type, domain(node)
-    return next(
-        (f for f in model.functions if f.name == name and domain(f) == place),
-        None,
-    )
+    wanted = (domain(node), node.op_type, node.overload)
+    return next((f for f in model.functions if (domain(f), f.name, f.overload) == wanted), None)
 
 
 def domain(node: NodeProto | FunctionProto) -> str:

@@ -10,7 +10,7 @@ from ..detector import Detector
 from ..edits import AddNode, Edit
 from .calls import unfold
 from .expose import expose
-from .fragment import Constants, Fragment, as_stored
+from .fragment import Constants, Fragment, as_stored, shared_prefix
 from .graph_view import GraphView
 from .inline import Inliner
 from .locate import Site
@@ -27,7 +27,7 @@ class Score:
         self, view: GraphView, sites: tuple[Site, ...]
     ) -> tuple[list[Edit], dict[str, str]]:
         """The edits; by site, the output with its anomaly `[B, 1 or H, 1, K]`."""
-        constants = Constants("atpatch/shared")
+        constants = Constants(shared_prefix(view.model))
         inliner = Inliner(view, constants, {})
         edits: list[Edit] = []
         outputs: dict[str, str] = {}

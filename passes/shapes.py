@@ -15,6 +15,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from ..edits import Scope
 from .drawing import Drawing
+from .protos import read_within
 from .stand_ins import STAND_INS, is_opaque
 
 _LARGE_BYTES = 4096
@@ -28,10 +29,39 @@ def infer(model: ModelProto) -> dict[Scope, GraphProto]:
     """
     calls = {(f.domain, f.name) for f in model.functions}
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
-    inferred = model.graph
+    copy = inferred = model.graph
     with contextlib.suppress(Exception):  # inference is a help: an odd model must not stop us
-        inferred = _infer(_Copy(model, opset, calls).whole(), model)
-    return dict(_matched(model.graph, inferred, ()))
+        copy = _Copy(model, opset, calls).whole()
+        inferred = _infer(copy, model)
+    found = dict(_matched(model.graph, inferred, ()))
+    plain = dict(_matched(model.graph, copy, ()))
+    for path in sorted(found, key=len):
+        # ONNX takes values of one name in two branches for the same, and sees no outer constants.
+        if path and not plain[path].input:
+            with contextlib.suppress(Exception):
+                found[path] = _infer(_alone(path, plain, found), model)
+    return found
+
+
+def _alone(
+    path: Scope, plain: dict[Scope, GraphProto], found: dict[Scope, GraphProto]
+) -> GraphProto:
+    """A branch as a graph whose inputs are what it captures."""
+    graph = GraphProto()
+    graph.CopyFrom(plain[path])
+    made = {name for node in graph.node for name in node.output}
+    made |= {tensor.name for tensor in graph.initializer}
+    read = {name for node in graph.node for name in (*node.input, *read_within(node))} - made
+    for end in range(len(path) - 1, -1, -1):
+        outer = found[path[:end]]
+        tensors = [tensor for tensor in outer.initializer if tensor.name in read]
+        graph.initializer.extend(map(_header, tensors))
+        read -= {tensor.name for tensor in tensors}
+        for value in (*outer.value_info, *outer.input, *outer.output):
+            if value.name in read:
+                graph.input.append(value)
+                read.discard(value.name)
+    return graph
 
 
 def _infer(graph: GraphProto, model: ModelProto) -> GraphProto:

@@ -30,7 +30,6 @@ from enum import StrEnum
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
-from ..compiling import RECORD_KEY
 from ..detector import Detector
 from ..edits import (
     AddInitializer,
@@ -44,7 +43,7 @@ from ..edits import (
 from ..errors import InputError, RefusedError
 from .calls import unfold
 from .expose import expose, is_reachable
-from .fragment import Constants, Fragment, as_stored
+from .fragment import Constants, Fragment, as_stored, shared_prefix
 from .graph_view import GraphView
 from .inline import Inliner
 from .locate import Site
@@ -52,6 +51,7 @@ from .outcome import Outcome, PassResult, Patched, Skipped
 from .redistribute import Redistribution, redistribute
 from .remember import recall, remember
 from .rerun import add_rerun, plan_rerun
+from .unmoved import unmoved
 from .views import NARROW, OPENED, as_before, as_held, in_floats, sampled, view_4d
 
 ENABLED = "atpatch/enabled"
@@ -122,9 +122,7 @@ class _Splicing:
 
     def __init__(self, options: Splice, view: GraphView) -> None:
         self.options, self.view = options, view
-        # A further patch on a patched model has shared names of its own.
-        earlier = sum(p.key.startswith(RECORD_KEY) for p in view.model.metadata_props)
-        self.constants = Constants(f"atpatch/shared{earlier + 1 if earlier else ''}")
+        self.constants = Constants(shared_prefix(view.model))
         self.inliner = Inliner(view, self.constants, options.bindings)
         self.edits: list[Edit] = []
         self.thresholds: set[float] = set()
@@ -162,7 +160,7 @@ class _Splicing:
                 AddInput(helper.make_tensor_value_info(ENABLED, TensorProto.BOOL, [])),
             ]
         shared = (*self.constants.edits(), *self.inliner.edits)
-        edits = unfold(self.view, (*shared, *self.edits))
+        edits = unfold(self.view, unmoved(self.view, (*shared, *self.edits)))
         return PassResult(as_stored(edits, self.view.model.ir_version), tuple(outcomes))
 
     def patch(self, site: Site, treatment: Treatment) -> Patched:
@@ -198,6 +196,8 @@ class _Splicing:
                 flagged = f.op("And", flagged, ENABLED, name="flagged")
         if self.options.remember:
             flagged = recall(f, flagged)
+            if self.options.toggle:
+                flagged = f.op("And", flagged, ENABLED, name="flagged_if_enabled")
         if treatment.redistribution is not Redistribution.BENIGN:
             benign = None
         if self.options.strategy is Strategy.RERUN:
@@ -250,6 +250,12 @@ class _Splicing:
             raise RefusedError(
                 f"--remember carries the columns of a decoder's own cache, and '{inner.name}' is "
                 f"in {inner.scope}: choose sites in the main graph with --sites"
+            )
+        shapes = [by_name[name].facts.shape for name in flagged]
+        if len({shape[-1] for shape in shapes if shape} - {None}) > 1:
+            raise RefusedError(
+                "--remember carries the columns of one cache, and the sites attend to several: "
+                "choose the decoder's self-attention with --sites"
             )
         end = len(self.view.nodes)
         self.edits += remember(self.constants, self.view.opset, list(flagged.values()), end)

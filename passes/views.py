@@ -97,8 +97,9 @@ def sampled(f: Fragment, site: Site, rows: int | None, whole: str | None = None)
     if whole is None and site.opening is not None:
         return site.opening.probabilities(f.within(OPENED), rows)
     whole = whole or view_4d(f, site)
-    indices = spread_rows(f, length(f, whole, 2, "queries"), rows)
-    return take_rows(f, whole, indices, 4, "sampled")
+    apart = f.within("rows")
+    indices = spread_rows(apart, length(apart, whole, 2, "queries"), rows)
+    return take_rows(apart, whole, indices, 4, "sampled")
 
 
 def as_before(f: Fragment, site: Site, whole: str) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from onnx import NodeProto
+import numpy as np
+from onnx import NodeProto, TensorProto
 
 from ..fragment import Fragment
 from ..graph_view import Dim, GraphView
@@ -66,7 +67,17 @@ class Opening(ABC):
         """Add the nodes that take `new` for samples where `sample`, bool `[B, 1, 1, 1]`, is true,
         and `old` for others."""
         mask = f.op("Reshape", sample, f.ints(0, *[1] * (self.output_rank - 1)), name="of_sample")
-        return f.op("Where", mask, new, old, name="chosen_output")
+        chosen = f.op("Where", mask, new, old, name="chosen_output")
+        if f.opset < 11 or self.elem_type not in (TensorProto.FLOAT, TensorProto.DOUBLE):
+            return chosen
+        # Shape inference must know no less of it than of the operator's own output: by shapes the
+        # runtime decides what it fuses further on, and with that, bits. A scatter keeps them. In
+        # 16 bits, which the runtime widens from end to end, it would round.
+        whole = f.axes_op("Unsqueeze", old, [0], "whole_output")
+        filling = f.axes_op("Unsqueeze", chosen, [0], "chosen_whole")
+        first = f.constants.add("first", np.zeros((1, 1), np.int64))
+        kept = f.op("ScatterND", whole, first, filling, name="chosen_in_shape")
+        return f.axes_op("Squeeze", kept, [0], "kept_output")
 
     @property
     def output_rank(self) -> int:
