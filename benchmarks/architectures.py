@@ -16,15 +16,16 @@ import torch
 
 from atpatch_onnx.models.export import quiet
 
+from architectures_cached import CACHED, MERGED
 from architectures_core import EXPORTERS, Architecture
 from architectures_media import AUDIOS, MULTIMODALS, VISIONS
 from architectures_text import DECODERS, ENCODERS, SEQ2SEQS
 
-__all__ = ["ARCHITECTURES", "EXPORTERS", "Architecture", "export"]
+__all__ = ["ARCHITECTURES", "EXPORTERS", "MERGED", "Architecture", "export"]
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     each.name: each
-    for group in (ENCODERS, DECODERS, SEQ2SEQS, VISIONS, AUDIOS, MULTIMODALS)
+    for group in (ENCODERS, DECODERS, CACHED, SEQ2SEQS, VISIONS, AUDIOS, MULTIMODALS)
     for each in group
 }
 

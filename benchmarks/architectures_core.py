@@ -72,6 +72,11 @@ class Input:
     axes: Axes
     fill: Callable[[tuple[int, ...]], Tensor]
 
+    def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with other lengths of some named axes."""
+        named = (self.axes.get(axis, "") for axis in range(len(self.shape)))
+        return tuple(sizes.get(name, n) for name, n in zip(named, self.shape, strict=True))
+
 
 def never(exporter: str, reason: str) -> dict[Export, str]:
     """The same reason for both attention implementations and all opsets of an exporter."""
@@ -80,39 +85,24 @@ def never(exporter: str, reason: str) -> dict[Export, str]:
 
 
 class Plain(nn.Module):
-    """A `transformers` model as exporters want it: tensors in by position, a tuple of them out.
-
-    Inputs called `past_key_i` and `past_value_i` `[B, H, past, D]` are gathered into one cache, and
-    the grown cache is returned behind the other outputs, in the same order.
-    """
+    """A `transformers` model as exporters want it: tensors in by position, a tuple of them out."""
 
     def __init__(self, model: nn.Module, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
         """Wraps a model; `inputs` and `outputs` are in the order of the graph."""
         super().__init__()
         self.model = model
-        self.inputs = tuple(name for name in inputs if not name.startswith("past_"))
+        self.inputs = inputs
         self.outputs = outputs
-        self.layers = (len(inputs) - len(self.inputs)) // 2
 
     @property
     def output_names(self) -> tuple[str, ...]:
         """One name for each tensor that comes out."""
-        present = (f"present_{kind}_{i}" for i in range(self.layers) for kind in ("key", "value"))
-        return (*self.outputs, *present)
+        return self.outputs
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The outputs asked for, then the grown cache."""
-        named = dict(zip(self.inputs, tensors, strict=False))
-        if not self.layers:
-            result = self.model(**named, return_dict=True)
-            return tuple(result[name] for name in self.outputs)
-        flat = tensors[len(self.inputs) :]
-        cache = transformers.DynamicCache()
-        for layer in range(self.layers):
-            cache.update(flat[2 * layer], flat[2 * layer + 1], layer)
-        result = self.model(**named, past_key_values=cache, use_cache=True, return_dict=True)
-        present = ((layer.keys, layer.values) for layer in result.past_key_values.layers)
-        return (*(result[name] for name in self.outputs), *(t for pair in present for t in pair))
+        """The outputs asked for."""
+        result = self.model(**dict(zip(self.inputs, tensors, strict=True)), return_dict=True)
+        return tuple(result[name] for name in self.outputs)
 
 
 @dataclass(frozen=True)
@@ -134,6 +124,8 @@ class Architecture:
     static: exporters whose graphs have fixed shapes because a dynamic export fails.
     unsupported: (attention, exporter, opset) that torch or transformers cannot export, and why.
     unrunnable: those that are exported but ONNX Runtime refuses to run, and why.
+    sizes: further lengths of named axes to run the exports with.
+    wrapper: what exporters see of the model.
     """
 
     name: str
@@ -148,6 +140,8 @@ class Architecture:
     static: tuple[str, ...] = ()
     unsupported: Mapping[Export, str] = field(default_factory=dict)
     unrunnable: Mapping[Export, str] = field(default_factory=dict)
+    sizes: tuple[Mapping[str, int], ...] = ()
+    wrapper: type[Plain] = Plain
 
     @property
     def dynamic(self) -> dict[str, Axes]:
@@ -159,7 +153,12 @@ class Architecture:
         torch.manual_seed(0)
         model = self.model(attention).eval()
         inputs = {name: value.fill(value.shape) for name, value in self.inputs.items()}
-        return Plain(model, tuple(inputs), self.outputs), inputs
+        return self.wrapper(model, tuple(inputs), self.outputs), inputs
+
+    def further(self) -> list[dict[str, Tensor]]:
+        """Inputs in each of `sizes`; always the same."""
+        torch.manual_seed(1)
+        return [{n: i.fill(i.sized(sizes)) for n, i in self.inputs.items()} for sizes in self.sizes]
 
     def exports(self) -> list[Export]:
         """Every (attention, exporter, opset) that can be exported."""
@@ -269,17 +268,3 @@ def decoder_text(length: int = 6) -> dict[str, Input]:
 def pixels(size: int = 32) -> dict[str, Input]:
     """Images `[B, 3, size, size]`; only the batch is dynamic."""
     return {"pixel_values": Input((BATCH, 3, size, size), {0: "batch"}, normal)}
-
-
-def cache(layers: int, heads: int, width: int, past: int = 5, length: int = 3) -> dict[str, Input]:
-    """Token ids `[B, length]`, a mask over old and new keys, positions, and the flat cache."""
-    inputs = {
-        "input_ids": sequence(tokens, length=length),
-        "attention_mask": Input((BATCH, past + length), {0: "batch", 1: "keys"}, padded_left),
-        "position_ids": sequence(counting, length=length),
-    }
-    for layer in range(layers):
-        for kind in ("key", "value"):
-            shape = (BATCH, heads, past, width)
-            inputs[f"past_{kind}_{layer}"] = Input(shape, {0: "batch", 2: "past"}, normal)
-    return inputs

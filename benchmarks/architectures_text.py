@@ -1,4 +1,4 @@
-"""Text architectures: encoders, decoders with and without a cache, encoder-decoders."""
+"""Text architectures without a cache: encoders, decoders, encoder-decoders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from architectures_core import (
     Config,
     Input,
     boxes,
-    cache,
     counting,
     decoder_text,
     never,
@@ -73,15 +72,6 @@ def _rotary(
     """
     decoder = _decoder(name, sites, attention, **heads, **config)
     return replace(decoder, inputs=text() | POSITIONS)
-
-
-def _cached(name: str, heads: int, sites: int = 2, **config: Any) -> Architecture:
-    """A decoder that reads and returns the keys and values of earlier tokens."""
-    model = random_model(name, "AutoModelForCausalLM", **(TEXT | SPECIAL | config))
-    inputs = cache(sites, heads, 8)
-    return Architecture(
-        f"{name}-cache", "decoder-cache", sites, model, inputs, ("logits",), causal=sites
-    )
 
 
 def _seq2seq(name: str, attention: tuple[str, ...] = BOTH, **config: Any) -> Architecture:
@@ -224,10 +214,6 @@ DECODERS = (
         topk_group=1,
         first_k_dense_replace=1,
     ),
-    _cached("gpt2", 4, n_embd=32, n_layer=2, n_head=4),
-    _cached("gpt_neox", 4),
-    _cached("llama", 2, **GROUPED),
-    _cached("qwen2", 2, **GROUPED),
 )
 
 SEQ2SEQS = (

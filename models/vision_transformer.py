@@ -73,6 +73,9 @@ class Attention(nn.Module):
         probabilities inside are `[B, H, N, N]`.
     """
 
+    fused = False
+    """Whether to call that function after all, for an export that has one operator."""
+
     def __init__(self, dim: int, heads: int, tokens: int) -> None:
         """Draw the weights from torch's global random state."""
         super().__init__()
@@ -94,11 +97,23 @@ class Attention(nn.Module):
         query = self._split(self.query(tokens))
         key = self._split(self.key(tokens))
         value = self._split(self.value(tokens))
-        logits = query @ key.transpose(-2, -1) * self.scale
-        probabilities = self.softmax(self.masked(logits, dropped))
-        context = (probabilities @ value).transpose(1, 2).reshape(self._merged_shape)
-        output: torch.Tensor = self.projection(context)
+        context = self._mixed(query, key, value, dropped)
+        output: torch.Tensor = self.projection(context.transpose(1, 2).reshape(self._merged_shape))
         return output
+
+    def _mixed(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        dropped: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if self.fused:
+            seen = None if dropped is None else ~dropped[:, None, None, :]
+            return nn.functional.scaled_dot_product_attention(query, key, value, seen)
+        logits = query @ key.transpose(-2, -1) * self.scale
+        probabilities: torch.Tensor = self.softmax(self.masked(logits, dropped))
+        return probabilities @ value
 
     def masked(self, logits: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
         """Hide keys in the logits `[B, H, N, N]`."""

@@ -12,7 +12,15 @@ import torch
 
 from atpatch_onnx.models.export import export_onnx
 from atpatch_onnx.models.training import predict
-from atpatch_onnx.models.vision_transformer import VisionTransformer, VisionTransformerConfig
+from atpatch_onnx.models.vision_transformer import (
+    Attention,
+    VisionTransformer,
+    VisionTransformerConfig,
+)
+from atpatch_onnx.models.windowed_transformer import (
+    WindowedTransformer,
+    WindowedTransformerConfig,
+)
 
 CONFIG = VisionTransformerConfig(dim=8, depth=2, heads=2, channels=3, patch_dropout=0.5)
 
@@ -82,3 +90,24 @@ def test_export_keeps_attention_as_plain_nodes(opset: int, tmp_path: Path) -> No
     probabilities = {node.output[0] for node in model.graph.node if node.op_type == "Softmax"}
     readers = [node.op_type for node in model.graph.node if probabilities & set(node.input)]
     assert readers == ["MatMul"] * CONFIG.depth
+
+
+def test_a_fused_export_has_one_operator_for_each_attention(tmp_path: Path) -> None:
+    model, path = random_model(), tmp_path / "victim.onnx"
+    export_onnx(model, path, 23, fused=True)
+    operators = [node.op_type for node in onnx.load(path).graph.node]
+    assert operators.count("Attention") == CONFIG.depth
+    assert "Softmax" not in operators
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    pixels = np.random.default_rng(0).random((3, 3, 8, 8), dtype=np.float32)
+    (logits,) = session.run(["logits"], {"pixels": pixels})
+    np.testing.assert_allclose(logits, predict(model, pixels), rtol=0, atol=1e-5)
+    assert not any(module.fused for module in model.modules() if isinstance(module, Attention))
+
+
+def test_windows_are_not_exported_as_one_operator(tmp_path: Path) -> None:
+    model = WindowedTransformer(WindowedTransformerConfig())
+    with pytest.raises(ValueError, match="leave out fused"):
+        export_onnx(model, tmp_path / "victim.onnx", 23, fused=True)
+    assert not list(tmp_path.iterdir())
