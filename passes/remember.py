@@ -11,13 +11,16 @@ CleanSight prunes at decoding what it found at prefill.) The sites must attend t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from onnx import TensorProto, helper
 
 from ..edits import AddInitializer, AddInput, AddNode, AddOutput, Edit
+from ..errors import RefusedError
 from .fragment import Constants, Fragment
+from .graph_view import GraphView
+from .locate import Site
 from .opening.steps import length
 
 REMEMBERED = "atpatch/remembered"
@@ -43,14 +46,18 @@ def recall(f: Fragment, flagged: str) -> str:
     return f.op("Or", flagged, visible, name="flagged_or_remembered")
 
 
-def remember(constants: Constants, opset: int, flagged: Sequence[str], end: int) -> list[Edit]:
-    """The edits for the input and the output; `flagged` are the columns of the sites.
+def remember(
+    view: GraphView, constants: Constants, sites: Sequence[Site], flagged: Mapping[str, str]
+) -> list[Edit]:
+    """The edits for the input and the output.
 
-    end: the number of nodes of the model.
+    flagged: the columns of the sites that are patched, bool `[B, 1 or H, 1, K]`, by site.
+    Raises: RefusedError where they are not those of one cache.
     """
-    f = Fragment("atpatch", opset, constants)
+    _check(view, [site for site in sites if site.name in flagged])
+    f = Fragment("atpatch", view.opset, constants)
     union = ""
-    for number, value in enumerate(flagged):
+    for number, value in enumerate(flagged.values()):
         ones = f.cast(value, TensorProto.FLOAT, f"flagged{number}_ones")
         row = f.axes_op("ReduceMax", ones, [1, 2], f"flagged{number}", keepdims=0)
         union = f.op("Max", union, row, name=f"flagged_by{number}") if union else row
@@ -58,8 +65,29 @@ def remember(constants: Constants, opset: int, flagged: Sequence[str], end: int)
     nothing = helper.make_tensor(REMEMBERED, TensorProto.BOOL, [1, 0], np.zeros(0, bool))
     info = helper.make_tensor_value_info
     return [
-        *(AddNode(end, node) for node in f.nodes()),
+        *(AddNode(len(view.nodes), node) for node in f.nodes()),
         AddInitializer(nothing),
         AddInput(info(REMEMBERED, TensorProto.BOOL, ["atpatch_batch", "atpatch_past"])),
         AddOutput(info(FLAGGED, TensorProto.BOOL, None)),
     ]
+
+
+def _check(view: GraphView, sites: Sequence[Site]) -> None:
+    """Raises: RefusedError where columns cannot be carried, or are not those of one cache."""
+    version = view.model.ir_version
+    if version < 4 or view.opset < 10:
+        raise RefusedError(
+            f"--remember needs IR version 4 and opset 10, the model has IR version {version} and "
+            f"opset {view.opset}: export it again"
+        )
+    inner = next((site for site in sites if site.path), None)
+    if inner is not None:
+        raise RefusedError(
+            f"--remember carries the columns of a decoder's own cache, and '{inner.name}' is in "
+            f"{inner.scope}: choose sites in the main graph with --sites"
+        )
+    if len({site.facts.shape[-1] for site in sites if site.facts.shape} - {None}) > 1:
+        raise RefusedError(
+            "--remember carries the columns of one cache, and the sites attend to several: choose "
+            "the decoder's self-attention with --sites"
+        )

@@ -40,7 +40,7 @@ from ..edits import (
     RenameOutput,
     RewireInput,
 )
-from ..errors import InputError, RefusedError
+from ..errors import RefusedError
 from .calls import unfold
 from .expose import expose, is_reachable
 from .fragment import Constants, Fragment, as_stored, shared_prefix
@@ -51,11 +51,10 @@ from .outcome import Outcome, PassResult, Patched, Skipped
 from .redistribute import Redistribution, redistribute
 from .remember import recall, remember
 from .rerun import add_rerun, plan_rerun
+from .static_columns import static_columns
+from .switches import ENABLED, THRESHOLD
 from .unmoved import unmoved
 from .views import NARROW, OPENED, as_before, as_held, in_floats, sampled, view_4d
-
-ENABLED = "atpatch/enabled"
-THRESHOLD = "atpatch/threshold"
 
 
 class Strategy(StrEnum):
@@ -153,7 +152,8 @@ class _Splicing:
         if self.options.strategy is Strategy.RERUN:
             outcomes = self.rerun(sites, outcomes)
         if self.options.remember:
-            self.remember(sites, own)
+            flagged = {o.site: o.flagged for o in own if isinstance(o, Patched)}
+            self.edits += remember(self.view, self.constants, sites, flagged)
         if self.options.toggle and any(isinstance(o, Patched) for o in outcomes):
             self.edits += [
                 AddInitializer(helper.make_tensor(ENABLED, TensorProto.BOOL, [], [True])),
@@ -170,13 +170,15 @@ class _Splicing:
         detector = treatment.detector
         f = Fragment(prefix, view.opset, self.constants)
         rows = None if detector is None else detector.rows
-        lazily = rows is not None and site.opening and self.strategy(site) is Strategy.GUARD
+        sampling = rows is not None and site.opening is not None
+        lazily = sampling and self.strategy(site) is not Strategy.SELECT
         floats = in_floats(f, site)
         whole = None if lazily else view_4d(f, floats)
         nodes = []
         benign = None
         if detector is None:
-            flagged = self.static_columns(f, site, treatment, whole or "")
+            by_sample, toggle = self.options.telemetry, self.options.toggle
+            flagged = static_columns(f, site, treatment.columns, whole or "", by_sample, toggle)
         else:
             seen = sampled(f, floats, rows, whole)
             narrow = floats.elem_type != TensorProto.FLOAT
@@ -235,30 +237,6 @@ class _Splicing:
         name = f"atpatch/{site.name}/output"
         self.insert(site, [helper.make_node("Identity", [result], [old], name)])
         self.edits.append(RenameOutput(site.node, 0, old, _fused(site), path))
-
-    def remember(self, sites: tuple[Site, ...], outcomes: Sequence[Outcome]) -> None:
-        """Add the input and the output that carry flagged columns. Raises: RefusedError."""
-        by_name = {site.name: site for site in sites}
-        flagged = {o.site: o.flagged for o in outcomes if isinstance(o, Patched)}
-        if self.view.model.ir_version < 4 or self.view.opset < 10:
-            raise RefusedError(
-                f"--remember needs IR version 4 and opset 10, the model has IR version "
-                f"{self.view.model.ir_version} and opset {self.view.opset}: export it again"
-            )
-        inner = next((by_name[name] for name in flagged if by_name[name].path), None)
-        if inner is not None:
-            raise RefusedError(
-                f"--remember carries the columns of a decoder's own cache, and '{inner.name}' is "
-                f"in {inner.scope}: choose sites in the main graph with --sites"
-            )
-        shapes = [by_name[name].facts.shape for name in flagged]
-        if len({shape[-1] for shape in shapes if shape} - {None}) > 1:
-            raise RefusedError(
-                "--remember carries the columns of one cache, and the sites attend to several: "
-                "choose the decoder's self-attention with --sites"
-            )
-        end = len(self.view.nodes)
-        self.edits += remember(self.constants, self.view.opset, list(flagged.values()), end)
 
     def rerun(self, sites: tuple[Site, ...], outcomes: list[Outcome]) -> list[Outcome]:
         """Add the second run; the outcomes, with the sites that are pruned in it."""
@@ -347,48 +325,6 @@ class _Splicing:
                 AddInput(helper.make_tensor_value_info(name, TensorProto.FLOAT, [])),
             ]
         return name
-
-    def static_columns(self, f: Fragment, site: Site, treatment: Treatment, whole: str) -> str:
-        """A mask `[1, 1, 1, K]` of the given columns; `[B, 1, 1, K]` where it is an output."""
-        keys = site.facts.shape[-1] if site.facts.shape else None
-        if isinstance(keys, int):
-            outside = [c for c in treatment.columns if not -keys <= c < keys]
-            if outside:
-                raise InputError(
-                    f"--columns {outside[0]}: site '{site.name}' has columns 0 to {keys - 1}"
-                )
-            mask = np.zeros((1, 1, 1, keys), bool)
-            mask[..., list(treatment.columns)] = True
-            name = f"columns{'_'.join(map(str, treatment.columns))}of{keys}"
-            flagged = self.constants.add(name, mask)
-        else:
-            flagged = self.computed_columns(f, treatment, whole)
-        if self.options.telemetry:
-            one = whole
-            for axis in (1, 2, 3):
-                one = f.slice(one, 0, 1, axis, f"first{axis}")
-            wide = f.cast(one, TensorProto.FLOAT, "first")
-            every = f.op("Greater", wide, f.number(-1.0), name="every_sample")
-            flagged = f.op("And", flagged, every, name="columns_by_sample")
-        if self.options.toggle:
-            flagged = f.op("And", flagged, ENABLED, name="flagged")
-        elif self.options.telemetry:
-            flagged = f.op("Identity", flagged, name="flagged")
-        return flagged
-
-    def computed_columns(self, f: Fragment, treatment: Treatment, whole: str) -> str:
-        """The mask where the number of columns is known only at run time."""
-        if f.opset < 11 and min(treatment.columns) < 0:
-            raise InputError(
-                "--columns counts from the end only from opset 11 on: give columns from the start"
-            )
-        shape = f.op("Shape", whole, name="whole_shape")
-        keys = f.slice(shape, 3, 4, 0, "map_keys")
-        hot = self.constants.add("off_on", np.array([0, 1], np.float32))
-        rows = f.op("OneHot", f.ints(*treatment.columns), keys, hot, name="column_rows")
-        row = f.axes_op("ReduceMax", rows, [0], "column_row", keepdims=1)
-        mask = f.axes_op("Unsqueeze", row, [0, 1], "column_mask")
-        return f.cast(mask, TensorProto.BOOL, "columns")
 
 
 def _fused(site: Site) -> str:
