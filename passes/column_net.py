@@ -21,9 +21,14 @@ Array = NDArray[np.float32]
 
 LIMIT = 4.0
 """Whitened features count at most this much: beyond it a net would only extrapolate."""
-DOUBLED, WHITENED = math.log(2), 0.4
-"""A column goes with the highest one of its map if its log mean share rose by more than the first,
-and by more than the second of what one clean input in a hundred reaches."""
+DOUBLED = math.log(2)
+"""Least rise of the log mean share of a column that goes with the highest one of its map."""
+WHITENED = 0.4
+"""And where positions have a normal of their own, least share of what one clean input in a hundred
+reaches."""
+NEAR, STEPS = 2, 4
+"""And where they have none, as in sentences, whose words often double: how many columns away the
+next one that goes with it may be, and how many times it goes on from there."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,12 @@ class MapCnn:
 def build_contrastive(
     tables: Tables, net: ColumnNet, levels: Levels, opset: int, ir_version: int
 ) -> ModelProto:
-    """The detector `attention, layer -> anomaly, benign` of a net over whitened features."""
+    """The detector `attention, layer -> anomaly, benign` of a net over whitened features.
+
+    A trigger of several tokens works through all of them, while often one alone stands out from
+    what clean inputs do. So columns that are over-attended too have the logit of the highest one.
+    That one, which the false-positive budget is about, stays what it is.
+    """
     f = Fragment("contrastive", opset, Constants("contrastive"))
     found, distance, whitened = add_distances(f, tables)
     low = f.op("Max", whitened, f.number(-LIMIT), name="limited_below")
@@ -80,8 +90,15 @@ def build_contrastive(
     top = f.axes_op("ReduceMax", value, [1], "largest", keepdims=1)
     share = f.op("Mul", top, f.number(net.largest), name="largest_share")
     logit = f.op("Add", _dense(f, value, net.layers, site), share, name="raw_logit")
-    if not tables.buckets:  # else what is normal is that of any word, which many a word doubles
-        logit = _with_companions(f, logit, distance, whitened, tables.features.index("mean"))
+    mean = tables.features.index("mean")
+    doubled = _above(f, distance, mean, DOUBLED, "doubled")
+    if tables.buckets:
+        logit = _with_near(f, logit, doubled)
+    else:
+        outlying = _above(f, whitened, mean, WHITENED, "outlying")
+        companion = f.op("And", doubled, outlying, name="companion")
+        highest = f.axes_op("ReduceMax", logit, [2], "highest_logit", keepdims=1)
+        logit = f.op("Where", companion, highest, logit, name="joined_logit")
     outputs = [_anomaly(f, logit, levels), *add_benign(f, tables, found)]
     return as_detector(f, "contrastive", outputs, opset, ir_version)
 
@@ -139,21 +156,19 @@ def _dense(f: Fragment, value: str, layers: tuple[Dense, ...], first_bias: str =
     return value
 
 
-def _with_companions(f: Fragment, logit: str, distance: str, whitened: str, mean: int) -> str:
-    """Logits `[B, 1, K]` of which over-attended columns have the highest of their map.
+def _above(f: Fragment, value: str, feature: int, least: float, name: str) -> str:
+    """Whether a feature of `[B, F, K]` is above `least`, bool `[B, 1, K]`."""
+    row = f.slice(value, feature, feature + 1, 1, f"{name}_feature")
+    return f.op("Greater", row, f.number(least), name=name)
 
-    A trigger of several tokens works through all of them, while often one alone stands out from
-    what clean inputs do. The highest logit, which the false-positive budget is about, stays.
 
-    distance, whitened: `[B, F, K]`; mean: index of the log mean share among features.
-    """
-    high = []
-    for name, value, least in (("rise", distance, DOUBLED), ("whitened_rise", whitened, WHITENED)):
-        row = f.slice(value, mean, mean + 1, 1, name)
-        high.append(f.op("Greater", row, f.number(least), name=f"{name}_high"))
-    companion = f.op("And", *high, name="companion")
-    highest = f.axes_op("ReduceMax", logit, [2], "highest_logit", keepdims=1)
-    return f.op("Where", companion, highest, logit, name="joined_logit")
+def _with_near(f: Fragment, logit: str, companion: str) -> str:
+    """Logits `[B, 1, K]` of which companions have the highest that is near."""
+    for step in range(STEPS):
+        size = 2 * NEAR + 1
+        around = f.op("MaxPool", logit, name=f"near{step}", kernel_shape=[size], pads=[NEAR, NEAR])
+        logit = f.op("Where", companion, around, logit, name=f"joined_logit{step}")
+    return logit
 
 
 def _anomaly(f: Fragment, raw: str, levels: Levels) -> NodeProto:

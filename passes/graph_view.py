@@ -307,5 +307,7 @@ def _symbol(name: str) -> str | None:
 
 _SAME_RANK = frozenset(
     "Add Sub Mul Div Where Cast Softmax Tanh Identity MatMul FusedMatMul Max Min Clip "
-    "IsNaN Dropout BiasSoftmax Concat Slice Exp Neg LayerNormalization Pow Sqrt".split()
+    "IsNaN Dropout BiasSoftmax Concat Slice Exp Neg LayerNormalization Pow Sqrt "
+    "QLinearMatMul QLinearSoftmax QLinearAdd QLinearMul QLinearConcat QuantizeLinear "
+    "DequantizeLinear MatMulInteger".split()
 )

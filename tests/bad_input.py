@@ -55,6 +55,10 @@ MODELS = {
     "quantised": FUSED + "{ y = com.microsoft.QOrderedAttention<num_heads=2>(x, x, x) }",
     "standard": PLAIN.replace("17", "23").replace("N,4", "N,2,5,4")
     + "{ y = Attention<is_causal=7>(x, x, x) }",
+    "old": FUSED.replace('"" : 17', '"" : 9')
+    + "{ y = com.microsoft.MultiHeadAttention<num_heads=2>(x, x, x) }",
+    "shapeless": '<ir_version: 10, opset_import: ["" : 23]> n (float[] a) => (float[] y)'
+    + "{ x = Reshape(a, a) y = Attention(x, x, x) }",
     "free": HOST.replace("[N,2,5,4]", "[N,2,K,4]"),
     "broken": HOST.replace("y = MatMul(p, v)", "z = NoSuchOp(v)\n  y = MatMul(p, z)"),
 }

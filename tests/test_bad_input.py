@@ -196,6 +196,8 @@ def test_external_data_is_referenced_where_it_is(shell: Cli) -> None:
         ("patch fused.onnx --columns 1", 3, ["com.microsoft.SparseAttention", "export"]),
         ("patch quantised.onnx --columns 1", 3, ["com.microsoft.QOrderedAttention", "quantise"]),
         ("patch standard.onnx --columns 1", 3, ["ONNX Attention", "is_causal"]),
+        ("patch old.onnx --columns 1", 3, ["com.microsoft.MultiHeadAttention", "opset 9"]),
+        ("patch shapeless.onnx --columns 1", 3, ["ONNX Attention", "does not say", "infer_shapes"]),
         ("fit fused.onnx --data clean.npz -o new.onnx", 3, ["fused.onnx", "refused"]),
         ("patch patched.onnx --columns 1", 3, ["patched already", "revert"]),
         ("fit patched.onnx --data clean.npz -o new.onnx", 3, ["patched.onnx"]),
