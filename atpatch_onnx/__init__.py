@@ -18,12 +18,22 @@ if TYPE_CHECKING:
     from .diffing import Comparison, diff
     from .errors import AtpatchError, CheckError, InputError, RefusedError
     from .evaluating import AttackEvaluation, BeforeAfter, Evaluation, Unfairness, evaluate
+    from .exporting.command import ExportReport, export
     from .fitting import FitReport, fit
+    from .gating import Gated, Limits, gate
     from .progress import Progress
     from .rates import Rate
+    from .reporting import ReportWritten, report
     from .scanning import scan
     from .scanning_protected import ProtectedReport, scan_protected
     from .search.report import ClassReport, ScanReport
+    from .serving.command import Served, serve
+    from .serving.control import Changed, rollback, swap
+    from .serving.flags import Flags
+    from .serving.golden import Golden
+    from .serving.session import Session, Swapped
+    from .serving.version import Answer, Settings
+    from .signing import Signed, require_signature, sign
 
 __version__ = _version("atpatch-onnx")
 
@@ -37,12 +47,22 @@ _HOMES = {
         "diffing": "Comparison diff",
         "errors": "AtpatchError CheckError InputError RefusedError",
         "evaluating": "AttackEvaluation BeforeAfter Evaluation Unfairness evaluate",
+        "exporting.command": "ExportReport export",
         "fitting": "FitReport fit",
+        "gating": "Gated Limits gate",
         "progress": "Progress",
         "rates": "Rate",
+        "reporting": "ReportWritten report",
         "scanning": "scan",
         "scanning_protected": "ProtectedReport scan_protected",
         "search.report": "ClassReport ScanReport",
+        "serving.command": "Served serve",
+        "serving.control": "Changed rollback swap",
+        "serving.flags": "Flags",
+        "serving.golden": "Golden",
+        "serving.session": "Session Swapped",
+        "serving.version": "Answer Settings",
+        "signing": "Signed require_signature sign",
     }.items()
     for name in names.split()
 }
@@ -59,24 +79,37 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "Answer",
     "AtpatchError",
     "AttackEvaluation",
     "BeforeAfter",
+    "Changed",
     "Check",
     "CheckError",
     "ClassReport",
     "Comparison",
     "DemoReport",
     "Evaluation",
+    "ExportReport",
     "FitReport",
+    "Flags",
+    "Gated",
+    "Golden",
     "InputError",
     "Inspection",
+    "Limits",
     "PatchReport",
     "Progress",
     "ProtectedReport",
     "Rate",
     "RefusedError",
+    "ReportWritten",
     "ScanReport",
+    "Served",
+    "Session",
+    "Settings",
+    "Signed",
+    "Swapped",
     "Timing",
     "Unfairness",
     "apply",
@@ -84,11 +117,19 @@ __all__ = [
     "demo",
     "diff",
     "evaluate",
+    "export",
     "fit",
+    "gate",
     "inspect",
     "patch",
+    "report",
+    "require_signature",
     "revert",
+    "rollback",
     "scan",
     "scan_protected",
+    "serve",
+    "sign",
+    "swap",
     "verify",
 ]

@@ -17,6 +17,7 @@ from .external_data import check_beside, check_layout, external_files, external_
 from .files import Staging, check_output, write_file
 from .layout import with_batch_axes
 from .model_file import ModelFile
+from .passes.expose import is_reachable
 from .passes.graph_view import GraphView
 from .passes.locate import Other, Sites, locate
 from .passes.outcome import Outcome, PassResult, Skipped
@@ -30,10 +31,9 @@ from .patching import (
     about_patches,
     base_sha256,
     check_order,
-    record_keys,
+    original,
 )
 from .patching import apply as apply_edits
-from .patching import revert as revert_file
 from .plan import read_plan, write_plan
 from .progress import SILENT, Progress, Tick
 from .rehearsal import rehearse
@@ -197,7 +197,7 @@ def patch(
         plan=None if search is None else written,
         outcomes=result.outcomes,
         refused=found.refused,
-        warnings=tuple(_warnings(file, detectors.values())),
+        warnings=tuple(_warnings(file, view, found, result, detectors.values(), telemetry)),
         provider=provider,
     )
 
@@ -207,11 +207,21 @@ def apply(
     patch_file: PathLike,
     *,
     output: PathLike,
+    require_signature: PathLike | None = None,
     digests: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> PatchReport:
-    """Apply an `.atpatch` file to the model it was made for. Raises: InputError, RefusedError."""
+    """Apply an `.atpatch` file to the model it was made for.
+
+    require_signature: refuse unless the model, its external weights and the patch are signed by
+        this key; see `signing.require_signature`.
+    Raises: InputError, RefusedError.
+    """
+    if require_signature is not None:
+        from .signing import require_signature as check_signed
+
+        check_signed([model, patch_file], require_signature)
     file = ModelFile.open(model)
     check_layout(file)
     rewritten = apply_edits(file, load_patch(patch_file))
@@ -226,9 +236,7 @@ def revert(model: PathLike, *, output: PathLike, force: bool = False) -> Path:
     Raises: InputError if it carries no patch, CheckError if it was altered.
     """
     file = ModelFile.open(model)
-    restored = revert_file(file)
-    while record_keys(inner := ModelFile.from_bytes(restored.content(), file.path)):
-        restored = revert_file(inner)
+    restored = original(file)
     target = Path(output)
     check_beside(file, target)
     same = _opened(target, lambda there: there.sha256 == restored.sha256)
@@ -239,18 +247,31 @@ def revert(model: PathLike, *, output: PathLike, force: bool = False) -> Path:
 
 
 def verify(
-    model: PathLike,
-    patched: PathLike,
+    model: PathLike | None = None,
+    patched: PathLike | None = None,
     *,
     certificate: PathLike | None = None,
+    signature: PathLike | None = None,
+    key: PathLike | None = None,
     digests: bool = False,
     progress: Progress = SILENT,
 ) -> list[Check]:
     """Recompute the certificate from the two files; compare with the one beside `patched`.
 
+    signature, key: check a signature, by default the one beside the models, and that nothing in its
+        folder is altered, missing or unsigned; see `trust.Trust.of`. Without models, only that.
     digests: read and hash external weights too.
     Raises: InputError for files that cannot be read.
     """
+    checks: list[Check] = []
+    if signature is not None or key is not None:
+        from .signing import check_signature
+
+        checks.append(check_signature(key, [p for p in (model, patched) if p], signature))
+    if model is None and checks:
+        return checks
+    if model is None or patched is None:
+        raise InputError("verify takes MODEL and PATCHED, or --signature and --key, or all of them")
     base, result = ModelFile.open(model), ModelFile.open(patched)
     check_order(base, result)
     path = Path(certificate) if certificate else certificate_path(result.path)
@@ -265,7 +286,7 @@ def verify(
                 f"{path} is not a readable certificate: give the one that patch wrote, with "
                 "--certificate"
             )
-    return verify_files(base, result, claimed, _hashing(base, digests, progress))
+    return checks + verify_files(base, result, claimed, _hashing(base, digests, progress))
 
 
 def certificate_path(patched: Path) -> Path:
@@ -344,7 +365,21 @@ def _about(result: PassResult, detectors: Iterable[Detector]) -> dict[str, list[
     }
 
 
-def _warnings(file: ModelFile, detectors: Iterable[Detector]) -> Iterator[str]:
+def _warnings(
+    file: ModelFile,
+    view: GraphView,
+    found: Sites,
+    result: PassResult,
+    detectors: Iterable[Detector],
+    telemetry: bool,
+) -> Iterator[str]:
+    patched = {outcome.site for outcome in result.patched}
+    silent = [s for s in found.sites if s.name in patched and not is_reachable(view, s.path)]
+    if telemetry and silent:
+        yield (
+            f"no telemetry for {len(silent)} sites, '{silent[0].name}' in {silent[0].scope} among "
+            "them: nothing leaves a loop"
+        )
     for detector in detectors:
         if detector.host_sha256 not in (None, file.sha256):
             yield (

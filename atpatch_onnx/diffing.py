@@ -19,8 +19,9 @@ from .errors import CheckError, RefusedError, at_least
 from .external_data import check_layout
 from .layout import batch_axis, batch_dimension, with_batch_axes
 from .model_file import ModelFile
+from .passes.expose import expose, is_reachable, path_of
+from .passes.graph_view import GraphView
 from .passes.locate import locate
-from .passes.probe import add_output
 from .patching import about_patches, check_order
 from .probed import Probed, flagged_columns
 from .progress import SILENT, Progress
@@ -141,17 +142,21 @@ class FlagReader:
         present = {value.name for value in model.skeleton.graph.output}
         stored = {tensor.name for tensor in model.skeleton.graph.initializer}
         self._constant = {value: _stored(model, value) for value in self._values if value in stored}
-        self._read = [v for v in dict.fromkeys(self._values) if v not in self._constant]
-        edits: list[Edit] = [
-            add_output(v, TensorProto.BOOL) for v in self._read if v not in present
-        ]
+        made_by_run = [v for v in dict.fromkeys(self._values) if v not in self._constant]
+        self._outputs = {v: v for v in made_by_run}
+        edits: list[Edit] = []
+        for value in made_by_run:
+            if value not in present:
+                more, self._outputs[value] = _exposed(model, value)
+                edits += more
         self._session = Probed(model, edits, provider).session
         self.inputs = self._session.inputs
 
     def columns(self, part: Batch) -> list[NDArray[np.bool_]]:
         """What each site flags in the real samples of a batch, `[B, K]`."""
-        found = self._session.run(part.feeds, self._read) if self._read else {}
-        values: Arrays = {**self._constant, **found}
+        read = list(self._outputs.values())
+        found = self._session.run(part.feeds, read) if read else {}
+        values: Arrays = {**self._constant, **{v: found[o] for v, o in self._outputs.items()}}
         return [flagged_columns(values[name], part.size)[: part.real] for name in self._values]
 
     def read(self, part: Batch) -> NDArray[np.bool_]:
@@ -164,6 +169,19 @@ class FlagReader:
                     site.columns[column] = site.columns.get(column, 0) + int(count)
             anywhere |= columns.any(axis=1)
         return anywhere
+
+
+def _exposed(model: ModelFile, value: str) -> tuple[list[Edit], str]:
+    """Edits that make what a site flags an output, and its name. Raises: RefusedError."""
+    view = GraphView.of(model.skeleton)
+    path = path_of(view, value)
+    if path is None or not is_reachable(view, path):
+        raise RefusedError(
+            f"what {model.path} flags cannot be read: '{value}' is made in a loop, a generation "
+            "operator or a branch below opset 11, from which nothing leaves: compare the models "
+            "without inputs"
+        )
+    return expose(view, path, value, TensorProto.BOOL, 4)
 
 
 def _stored(model: ModelFile, name: str) -> Array:
@@ -191,11 +209,18 @@ def add_output_difference(
     found.identical += int(same.sum())
     found.unflagged_changed += int((~same & ~flagged).sum())
     if old.size and old.dtype.kind in "fiu":
-        gap = np.abs(old.astype(np.float64) - new.astype(np.float64))
-        found.maximum = max(found.maximum, float(np.nanmax(gap, initial=0.0)))
+        found.maximum = max(found.maximum, _gap(old.astype(np.float64), new.astype(np.float64)))
     if old.ndim == 2 and old.shape[1] > 1 and old.dtype.kind == "f":
         agree = int((old.argmax(axis=1) == new.argmax(axis=1)).sum())
         found.agreeing = (found.agreeing or 0) + agree
+
+
+def _gap(old: NDArray[np.float64], new: NDArray[np.float64]) -> float:
+    """The largest difference; infinite where only one of two values is a number."""
+    same = (old == new) | (np.isnan(old) & np.isnan(new))
+    with np.errstate(invalid="ignore"):
+        gap = np.where(same, 0.0, np.abs(old - new))
+    return float(np.where(np.isnan(gap), np.inf, gap).max())
 
 
 def flagged_share(model: ModelFile, samples: Samples, provider: str, batch: int = 32) -> float:

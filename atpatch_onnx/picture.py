@@ -8,18 +8,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto
 
+from .attention import read_attention
 from .data import samples_from
-from .diffing import FlagReader
 from .model_file import ModelFile
-from .passes.graph_view import GraphView
-from .passes.locate import Site, locate
-from .passes.probe import add_output
-from .passes.redistribute import Redistribution
-from .passes.splice import Splice, Strategy, Treatment
-from .patching import Patch, about_patches, apply
-from .probed import Probed
+from .runtime import Session
 
 Image = NDArray[np.float32]
 
@@ -67,49 +60,14 @@ def _column_means(
 ) -> tuple[dict[str, Image], dict[str, Image]]:
     """Mean attention of each column over heads and queries, times K, by site, `[N, K]`."""
     base, result = ModelFile.open(model), ModelFile.open(patched)
-    about = [site for patch in about_patches(result) for site in patch["sites"]]
-    named = {site["site"] for site in about}
-    sites = [site for site in locate(base.skeleton).sites if site.name in named]
-    if any(site["strategy"] == Strategy.RERUN.value for site in about):
-        result = _second_run(base, result, sites, provider, images)
-    nodes = GraphView.of(result.skeleton).nodes
-    by_name = {node.name: node for node in nodes}
-    old = {site.name: site.probabilities for site in sites}
-    new = {
-        site.name: by_name[base.skeleton.graph.node[site.uses[0].node].name].input[
-            site.uses[0].slot
-        ]
-        for site in sites
-    }
-    return _read(base, provider, old, images), _read(result, provider, new, images)
+    samples = samples_from({"": images}, Session(model, provider).inputs)
+    found = read_attention(base, result, samples, provider)
 
+    def shares(maps: Sequence[Image]) -> Image:
+        return np.stack([m.mean(axis=(0, 1)) * m.shape[-1] for m in maps])
 
-def _second_run(
-    base: ModelFile, result: ModelFile, sites: Sequence[Site], provider: str, images: Image
-) -> ModelFile:
-    """The original with the columns pruned that the patch flags in the last image.
-
-    A second run is hidden in a branch of the patched model; this one computes the same maps.
-    """
-    reader = FlagReader(result, provider)
-    part = next(samples_from({"": images[-1:]}, reader.inputs).batches(1))
-    flagged = np.any([columns[0] for columns in reader.columns(part)], axis=0)
-    columns = tuple(int(column) for column in np.flatnonzero(flagged))
-    if not columns:
-        return base
-    treatment = Treatment(Redistribution.PRUNE, columns=columns)
-    splice = Splice(dict.fromkeys([site.name for site in sites], treatment))
-    edits = splice(GraphView.of(base.skeleton), tuple(sites)).edits
-    return ModelFile.from_bytes(apply(base, Patch(base.sha256, edits)).content(), base.path)
-
-
-def _read(
-    file: ModelFile, provider: str, values: dict[str, str], images: Image
-) -> dict[str, Image]:
-    edits = [add_output(value, TensorProto.FLOAT) for value in values.values()]
-    session = Probed(file, edits, provider).session
-    outputs = session.run({session.inputs[0].name: images}, list(values.values()))
-    return {
-        site: outputs[value].mean(axis=(1, 2)) * outputs[value].shape[-1]
-        for site, value in values.items()
-    }
+    by_site = list(zip(*found, strict=True))
+    return (
+        {seen[0].site: shares([s.before for s in seen]) for seen in by_site},
+        {seen[0].site: shares([s.after for s in seen]) for seen in by_site},
+    )

@@ -25,6 +25,9 @@ _DTYPES = {
     "tensor(int32)": np.int32,
     "tensor(int16)": np.int16,
     "tensor(int8)": np.int8,
+    "tensor(uint64)": np.uint64,
+    "tensor(uint32)": np.uint32,
+    "tensor(uint16)": np.uint16,
     "tensor(uint8)": np.uint8,
     "tensor(bool)": np.bool_,
 }
@@ -105,6 +108,7 @@ class Session:
         threads: int = 0,
         name: str | None = None,
         spinning: bool = True,
+        prepacking: bool = True,
     ) -> None:
         self.name = name or ("the model" if isinstance(model, bytes) else str(model))
         ort = onnxruntime()
@@ -113,6 +117,8 @@ class Session:
         options.intra_op_num_threads = threads
         if not spinning:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if not prepacking:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if isinstance(model, bytes) and folder is not None:
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(folder.resolve())
@@ -144,9 +150,19 @@ class Session:
         )
 
     @property
+    def overridable(self) -> tuple[str, ...]:
+        """Names of the inputs that have a default."""
+        return tuple(i.name for i in self.session.get_overridable_initializers())
+
+    @property
     def output_shapes(self) -> dict[str, tuple[int | str | None, ...]]:
         """The dims of the outputs, by name."""
         return {o.name: tuple(o.shape or ()) for o in self.session.get_outputs()}
+
+    @property
+    def output_types(self) -> dict[str, type[np.generic] | None]:
+        """The NumPy types of the outputs, by name; None: not supported."""
+        return {o.name: _DTYPES.get(o.type) for o in self.session.get_outputs()}
 
     @property
     def outputs(self) -> tuple[str, ...]:

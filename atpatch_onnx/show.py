@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from .demonstration import DemoReport
     from .diffing import Comparison
     from .fitting import FitReport
+    from .gating import Gated
     from .rates import Rate
+    from .reporting import ReportWritten
 
 
 def inspection_json(found: Inspection) -> dict[str, Any]:
@@ -205,12 +207,16 @@ def comparison(console: Console, found: Comparison) -> None:
     console.print(
         f"graph: {len(d.inserted_nodes)} nodes, {len(d.inserted_initializers)} tensors, "
         f"{len(d.inserted_inputs)} inputs, {len(d.inserted_outputs)} outputs added; "
-        f"{len(d.rewired)} input slots rewired"
+        f"{len(d.rewired)} input slots rewired, {len(d.renamed)} outputs renamed, "
+        f"{len(d.removed_nodes)} calls replaced by their functions' bodies"
     )
-    table = _table("rewired node", "slot", "read before", "reads now")
-    for slot in d.rewired:
-        table.add_row(escape(slot.node), str(slot.slot), escape(slot.old), escape(slot.new))
-    console.print(table)
+    changes = [("reads", slot) for slot in d.rewired] + [("makes", slot) for slot in d.renamed]
+    if changes:
+        table = _table("node", "", "slot", "before", "now")
+        for verb, slot in changes:
+            place = f"{slot.node} ({slot.scope})" if slot.scope else slot.node
+            table.add_row(escape(place), verb, str(slot.slot), escape(slot.old), escape(slot.new))
+        console.print(table)
     if found.provider is None:
         console.print("give --inputs x.npz to compare outputs and count flagged columns")
         return
@@ -240,6 +246,18 @@ def comparison(console: Console, found: Comparison) -> None:
     console.print(table)
 
 
+def gated(console: Console, found: Gated) -> None:
+    """The comparison, then each gate; the one that is always there only shows when it fails."""
+    comparison(console, found.comparison)
+    if len(found.gates) < 2 and found.timing is None:
+        return
+    table = _table("gate", "", "found")
+    for gate in found.gates:
+        mark = "[green]passed[/]" if gate.passed else "[red]failed[/]"
+        table.add_row(escape(gate.title), mark, escape(gate.message))
+    console.print(table)
+
+
 def timing(console: Console, found: Timing) -> None:
     """The ratio and its spread."""
     shapes = ", ".join(f"{name} {shape}" for name, shape in found.shapes.items())
@@ -248,6 +266,17 @@ def timing(console: Console, found: Timing) -> None:
         f"{found.high:.3f}), {found.original_ms:.2f} ms -> {found.patched_ms:.2f} ms, median of "
         f"{found.runs} pairs on {found.provider}, {escape(shapes)}"
     )
+
+
+def reported(console: Console, written: ReportWritten) -> None:
+    """The recommendation and what it rests on."""
+    console.print(f"[bold]{escape(written.headline)}[/]: {escape(written.reason)}", soft_wrap=True)
+    table = _table("", "", "")
+    for question, status, text in written.answers:
+        colour = {"good": "green", "bad": "red"}.get(status, "yellow")
+        table.add_row(escape(question), f"[{colour}]{status}[/]", escape(text))
+    console.print(table)
+    console.print(f"{escape(str(written.output))}: {written.size_bytes:,} bytes")
 
 
 def demonstration(console: Console, report: DemoReport) -> None:

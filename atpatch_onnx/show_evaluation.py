@@ -21,7 +21,7 @@ def evaluation(console: Console, found: Evaluation) -> None:
         f"(execution provider: {found.provider})"
     )
     table = Table("", "before", "after", box=None, pad_edge=False, header_style="bold")
-    for name, before, after in _rows(found):
+    for name, before, after in rows(found):
         table.add_row(escape(name), *map(_shown, (before, after)))
     console.print(table)
     for unfair in found.unfairness:
@@ -32,7 +32,8 @@ def evaluation(console: Console, found: Evaluation) -> None:
             )
 
 
-def _rows(found: Evaluation) -> Iterator[tuple[str, Rate | None, Rate | None]]:
+def rows(found: Evaluation) -> Iterator[tuple[str, Rate | None, Rate | None]]:
+    """Each rate by name: before, after; None where one does not apply."""
     yield "accuracy", *_pair(found.accuracy)
     if found.natural_rate is not None:
         yield "clean inputs sent to the target", *_pair(found.natural_rate)

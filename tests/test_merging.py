@@ -35,7 +35,9 @@ def test_each_branch_is_its_decoder_and_weights_are_shared(tmp_path: Path) -> No
         ("first", "", "Identity (k)"),
         ("further", ", float[B, P, 4] past", "Concat <axis = 1> (past, k)"),
     ):
-        model = onnx.parser.parse_model(ATTENTION.format(name=name, past=given_past, present=present))
+        model = onnx.parser.parse_model(
+            ATTENTION.format(name=name, past=given_past, present=present)
+        )
         del model.graph.initializer[:]
         model.graph.initializer.append(weight)
         paths[name] = tmp_path / f"{name}.onnx"

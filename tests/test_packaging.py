@@ -49,7 +49,8 @@ def test_the_wheel_holds_one_package(tmp_path: Path) -> None:
         there = (ROOT / folder).rglob("*.py")
         modules |= {f"atpatch_onnx/{p.relative_to(ROOT).as_posix()}" for p in there}
     assert {name for name in names if name.endswith(".py")} == modules
-    assert "atpatch_onnx/py.typed" in names
+    assert {"atpatch_onnx/py.typed", "atpatch_onnx/reporting/page.html"} <= names
+    assert "atpatch_onnx/reporting/page.css" in names
 
 
 def test_a_light_import_stays_light() -> None:

@@ -10,7 +10,7 @@ import typer
 
 from .. import __version__
 from ..errors import AtpatchError, InputError, one_sentence
-from . import heal, measure, model
+from . import heal, measure, model, report, serve, ship
 from .common import INTERRUPTED, ReportedError, say
 
 app = typer.Typer(
@@ -31,8 +31,14 @@ for command in (
     model.revert,
     measure.diff,
     model.verify,
+    ship.sign,
+    ship.export,
+    serve.serve,
+    serve.swap,
+    serve.rollback,
     measure.evaluate,
     measure.bench,
+    report.report,
     measure.demo,
 ):
     app.command()(command)

@@ -29,6 +29,14 @@ Digests = Annotated[bool, typer.Option("--digests", help="Read and hash external
 Ep = Annotated[
     str | None, typer.Option(help="Execution provider: cuda or cpu; by default cuda where it is.")
 ]
+RequireSignature = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY",
+        help="Refuse what is not signed by this public key or certificate, PEM, or "
+        "keyless:IDENTITY,ISSUER.",
+    ),
+]
 SiteNames = Annotated[
     list[str] | None,
     typer.Option("--sites", help="Sites by name, glob or index; comma-separated or repeated."),

@@ -29,18 +29,40 @@ def diff(
     model: Model,
     patched: PatchedModel,
     inputs: Annotated[Path | None, typer.Option(help="Inputs to compare outputs on.")] = None,
+    atol: Annotated[
+        list[str] | None,
+        typer.Option(help="Gate: largest difference, NUMBER or OUTPUT:NUMBER; or repeated."),
+    ] = None,
+    max_flagged: Annotated[
+        float | None, typer.Option(help="Gate: share of inputs that may be flagged, e.g. 0.02.")
+    ] = None,
+    agreement: Annotated[
+        float | None, typer.Option(help="Gate: least share of inputs with the class as before.")
+    ] = None,
+    latency: Annotated[
+        float | None, typer.Option(help="Gate: patched over original, paired runs, e.g. 1.1.")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write the gates there as JUnit XML.")] = None,
     batch: Batch = 32,
     ep: Ep = None,
     as_json: Json = False,
 ) -> None:
     """Compare graphs and outputs, and count what is flagged; fails if a clean input moved."""
-    from ..diffing import diff as run
+    from ..gating import Limits
+    from ..junit import gate_to
 
+    limits = Limits.parse(words(atol), max_flagged, agreement, latency)
     with progress_bars() as progress:
-        found = run(model, patched, inputs, ep=ep, batch=batch, progress=progress)
-    show_result(as_json, plain(found), lambda: show.comparison(out, found))
-    if found.identity is False:
-        raise ReportedError("an input in which nothing was flagged has other outputs than before")
+        found = gate_to(
+            junit, model, patched, inputs, limits, ep=ep, batch=batch, progress=progress
+        )
+    document = plain(found.comparison) | {
+        "timing": plain(found.timing),
+        "gates": plain(found.gates),
+    }
+    show_result(as_json, document, lambda: show.gated(out, found))
+    if found.failed:
+        raise ReportedError(found.verdict)
 
 
 def evaluate(

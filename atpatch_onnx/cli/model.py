@@ -17,6 +17,7 @@ from .common import (
     Model,
     PatchedModel,
     ReportedError,
+    RequireSignature,
     out,
     plain,
     progress_bars,
@@ -110,6 +111,7 @@ def apply(
     model: Model,
     patch_file: Annotated[Path, typer.Argument(metavar="FIX.ATPATCH")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The patched model to write.")],
+    require_signature: RequireSignature = None,
     digests: Digests = False,
     force: Force = False,
     as_json: Json = False,
@@ -117,7 +119,13 @@ def apply(
     """Apply an .atpatch file to the model that it was made for."""
     with progress_bars() as progress:
         report = api.apply(
-            model, patch_file, output=output, digests=digests, force=force, progress=progress
+            model,
+            patch_file,
+            output=output,
+            require_signature=require_signature,
+            digests=digests,
+            force=force,
+            progress=progress,
         )
     show_result(as_json, plain(report), lambda: show.patched(out, report))
 
@@ -134,18 +142,35 @@ def revert(
 
 
 def verify(
-    model: Model,
-    patched: PatchedModel,
+    model: Annotated[
+        Path | None, typer.Argument(metavar="MODEL", help="The original .onnx file.")
+    ] = None,
+    patched: Annotated[
+        Path | None, typer.Argument(metavar="PATCHED", help="The patched .onnx file.")
+    ] = None,
     certificate: Annotated[
         Path | None, typer.Option(help="By default the one beside the patched model.")
+    ] = None,
+    signature: Annotated[
+        Path | None, typer.Option(help="Check this signature and its whole folder, by --key.")
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(help="Public key or certificate, PEM, or keyless:IDENTITY,ISSUER."),
     ] = None,
     digests: Digests = False,
     as_json: Json = False,
 ) -> None:
-    """Recompute the certificate from the two files alone."""
+    """Recompute the certificate from the two files alone; check the signature of a release."""
     with progress_bars() as progress:
         checks = api.verify(
-            model, patched, certificate=certificate, digests=digests, progress=progress
+            model,
+            patched,
+            certificate=certificate,
+            signature=signature,
+            key=key,
+            digests=digests,
+            progress=progress,
         )
     passed = all(check.passed for check in checks)
     document = {"passed": passed, "checks": plain(checks)}
