@@ -119,7 +119,7 @@ def _split_heads(view: GraphView, reshape: NodeProto, rank: int) -> int | None:
     if rank == 4 and split > 0:
         return split
     width, size = _width(view, reshape.input[0]), target[-1] if target else None
-    if not isinstance(width, int) or not size or not 0 < size < width or width % size:
+    if not isinstance(width, int) or not size or not 1 < size < width or width % size:
         return None
     if len(target) == 3 or (len(target) == 4 and split <= 0):
         return width // size
