@@ -125,7 +125,7 @@ class Host:
         seen = inputs(self.form, self.victim.digits.clean.images)
         seed = self.victim.seed
         options: dict[str, Any] = {"fpr": FALSE_POSITIVE_BUDGET, "ep": EP, "force": True}
-        atpatch_onnx.fit(self.path, seen, detector, rows=rows, seed=seed, **options)
+        atpatch_onnx.fit(self.path, seen, detector, rows=rows or 0, seed=seed, **options)
         return detector
 
     def flags(self, patched: Path) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

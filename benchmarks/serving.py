@@ -37,6 +37,7 @@ from atpatch_onnx.serving import control
 from atpatch_onnx.serving.stack import sources
 
 PORT = 8377
+WIDTH = 1536
 RESULT = Path(__file__).parent / "results" / "serving.json"
 
 
@@ -325,7 +326,7 @@ def batching(model: Path, feeds: Arrays, seconds: float, counts: tuple[int, ...]
     return found
 
 
-def wide(path: Path, width: int = 1536) -> Path:
+def wide(path: Path, width: int = WIDTH) -> Path:
     """A model whose weights are read once a run, however many inputs: what batching is for."""
     rng = np.random.default_rng(0)
     text = f"""
@@ -368,41 +369,52 @@ def _prepared(folder: Path) -> Path:
     return folder
 
 
+def overheads(scratch: Path, demo_folder: Path) -> dict[str, Any]:
+    """The overhead over two models: a small one, and one with large weights."""
+    with np.load(demo_folder / "test.npz") as held:
+        pixels = held["pixels"]
+    rng = np.random.default_rng(1)
+    return {
+        "demo": overhead(demo_folder / "model.onnx", lambda batch: {"pixels": pixels[:batch]}),
+        "wide": overhead(
+            wide(scratch / "wide.onnx"),
+            lambda batch: {"x": rng.standard_normal((batch, 4, WIDTH), np.float32)},
+        ),
+    }
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--swaps", type=int, default=1000)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=30.0, help="of each steady phase")
+    parser.add_argument("--only", choices=("swapping", "overhead", "batching"), nargs="+")
     parser.add_argument("-o", "--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
+    seconds, output = arguments.seconds, arguments.output
     with tempfile.TemporaryDirectory() as scratch:
         folder = _prepared(Path(scratch) / "demo")
-        load_before = os.getloadavg()
-        result: dict[str, Any] = {"machine": machine("cpu")}
-        result["machine"]["note"] = (
-            "cores are shared with other work, and clients and server run on the same ones; load "
-            f"average at the start {load_before[0]:.1f}"
-        )
-        result["swapping"] = swapping(folder, arguments.swaps, arguments.clients, arguments.seconds)
-        print(json.dumps(result["swapping"], indent=1), flush=True)
-        with np.load(folder / "test.npz") as held:
-            pixels = held["pixels"]
-        result["overhead_demo"] = overhead(
-            folder / "model.onnx", lambda batch: {"pixels": pixels[:batch]}
-        )
+        one = {"x": np.random.default_rng(1).standard_normal((1, 4, WIDTH), np.float32)}
         large = wide(Path(scratch) / "wide.onnx")
-        rng = np.random.default_rng(1)
-        width = 1536
-        result["overhead_wide"] = overhead(
-            large, lambda batch: {"x": rng.standard_normal((batch, 4, width), np.float32)}
-        )
-        one = {"x": rng.standard_normal((1, 4, width), np.float32)}
-        result["batching_wide"] = batching(large, one, arguments.seconds / 3, (8, 32))
-        result["machine"]["load at the end"] = f"{os.getloadavg()[0]:.1f}"
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+        parts: dict[str, Callable[[], Any]] = {
+            "swapping": lambda: swapping(folder, arguments.swaps, arguments.clients, seconds),
+            "overhead": lambda: overheads(Path(scratch), folder),
+            "batching": lambda: batching(large, one, seconds / 3, (8, 32)),
+        }
+        for name in arguments.only or parts:
+            load = os.getloadavg()[0]
+            measured = parts[name]()
+            # Each part is written when it is there: what was measured is not lost.
+            result = json.loads(output.read_text()) if output.exists() else {}
+            result["machine"] = machine("cpu") | {
+                "note": "cores are shared with other work, clients and servers run on the same ones"
+            }
+            result[name] = measured
+            result.setdefault("load_average_before", {})[name] = round(load, 1)
+            output.parent.mkdir(exist_ok=True)
+            output.write_text(json.dumps(result, indent=1) + "\n")
+            print(json.dumps({name: measured}, indent=1), flush=True)
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def measure(case: Case, provider: str, batch: int, options: argparse.Namespace) 
         model, sample = make(case, provider, folder)
         data = folder / "data.npz"
         np.savez(data, **samples(sample, max(batch, 24)))
-        for seen in (None, SAMPLED_ROWS) if case.fused else (None,):
+        for seen in (0, SAMPLED_ROWS) if case.fused else (0,):
             detector = folder / f"det{seen or ''}.onnx"
             atpatch_onnx.fit(model, data, detector, batch=4, ep=provider, rows=seen)
             for strategy in options.strategies.split(","):
@@ -182,7 +182,7 @@ def measure(case: Case, provider: str, batch: int, options: argparse.Namespace) 
                     row = {
                         "model": case.name,
                         "batch": batch,
-                        "rows": seen,
+                        "rows": seen or None,
                         "strategy": strategy,
                         "flagged": flagged,
                         "memcpy_nodes": transfers(patched, provider),

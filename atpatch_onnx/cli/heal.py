@@ -117,7 +117,9 @@ def fit(
     sites: SiteNames = None,
     rows: Annotated[
         int | None,
-        typer.Option(help="Look at that many query rows of a map: cheap beside a fused operator."),
+        typer.Option(
+            help="Query rows of a map to look at; 0: all; by default all, or 16 if fused."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Splits the data.")] = 0,
     batch: Batch = 32,

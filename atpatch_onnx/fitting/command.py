@@ -39,6 +39,8 @@ from .zscore import fit_zscore
 
 KINDS = ("zscore", "contrastive", "map-cnn", "columns")
 TRAINED = ("contrastive", "map-cnn")
+ROWS_BESIDE_FUSED = 16
+"""Query rows that a detector looks at by default where the map is computed for it alone."""
 RUNS = {"zscore": 3, "contrastive": 4, "map-cnn": 4, "columns": 1}
 """About how many runs over the data each kind takes, for the progress bar."""
 
@@ -87,8 +89,8 @@ def fit(
     fpr: how many clean inputs may be flagged, as a rate, over all sites together.
     benign: what flagged columns get: their clean mean, one value a `column` or an entry of the
         `map`, or the `uniform` share.
-    rows: look at that many query rows of a map, evenly spread, instead of all: what a patch beside
-        a fused operator then computes for every input.
+    rows: look at that many query rows of a map, evenly spread; 0: at all. By default at all, and at
+        16 beside fused operators, where a patch computes what is looked at for every input.
     seed: which inputs are held out, and of the training; batch: inputs a run; ep: execution
         provider, cuda or cpu.
     Raises: InputError, RefusedError. Nothing is written then.
@@ -110,6 +112,7 @@ def fit(
         check_enough(bad)
     runs = RUNS[kind] * clean.count + (0 if bad is None else 5 * bad.bad.count)
     tick = progress.start("fitting", runs)
+    rows = _rows(rows, benign, chosen)
     job = Job(file, GraphView.of(file.skeleton), chosen, provider, batch, seed, benign, tick, rows)
     if bad is not None and bad.anomalous is None and bad.clean is not None:
         bad = replace(bad, anomalous=moved_columns(job, bad.bad, bad.clean))
@@ -148,11 +151,19 @@ def _check_options(
     if not 0 < fpr < 1:
         raise InputError(f"--fpr {fpr}: the false-positive budget is a rate between 0 and 1")
     if rows is not None:
-        at_least(1, rows, "--rows")
-        if benign == "map":
+        at_least(0, rows, "--rows")
+        if rows and benign == "map":
             raise InputError("--rows and --benign map exclude each other: choose --benign column")
     at_least(1, batch, "--batch")
     at_least(0, seed, "--seed")
+
+
+def _rows(wanted: int | None, benign: str, sites: Sequence[Site]) -> int | None:
+    """How many query rows to look at; None: all."""
+    if wanted is not None:
+        return wanted or None
+    fused = any(site.opening is not None for site in sites)
+    return ROWS_BESIDE_FUSED if fused and benign != "map" else None
 
 
 def _sites(file: ModelFile, wanted: Sequence[str]) -> tuple[Site, ...]:

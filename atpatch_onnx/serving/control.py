@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckError, InputError, RefusedError, reason
+from ..errors import CheckError, InputError, RefusedError, first_line, reason
 from ..files import write_file
 from .options import APPLICATION, DEPLOYMENT, Options, Serving
 from .session import Patches
@@ -23,6 +23,16 @@ from .stack import sources
 POLL_S = 0.02
 STORE_BYTES = 128 << 20
 """Of Ray's object store, through which large bodies go."""
+
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",  # every flagged request is a line
+    # A busy machine takes its time to start: Ray would kill what is not there after 15 seconds.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_raylet_start_wait_time_s": "120",
+}
+"""For Ray, where the user has not set them."""
 
 ERRORS = {error.__name__: error for error in (CheckError, InputError, RefusedError)}
 
@@ -86,8 +96,13 @@ def start(
         _deploy(schema(arguments(options, replicas)), serving)
         _wait_running(serve, wait_s)
         _note(port, address or ray.get_runtime_context().gcs_address)
-    except BaseException:
+    except BaseException as error:
         stop(port)
+        if isinstance(error, ray.exceptions.RayError):
+            raise InputError(
+                f"Ray Serve does not start here ({first_line(error)}): try again when the machine "
+                "is less busy"
+            ) from None
         raise
 
 
@@ -167,8 +182,6 @@ def connected(port: int, address: str | None) -> Iterator[Any]:
     ray, serve = _ray()
     own = not ray.is_initialized()
     if own:
-        if address is None:
-            _use_secret()
         _join(ray, at)
     try:
         handle = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
@@ -189,9 +202,8 @@ def connected(port: int, address: str | None) -> Iterator[Any]:
 
 def _ray() -> tuple[Any, Any]:
     """Ray and Ray Serve. Raises: InputError where they are not installed."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # every flagged request is a line
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
         from ray import serve
@@ -208,22 +220,32 @@ def _embedded(ray: Any) -> None:
     Whoever can use a Ray can run code in it, and its ports are open on all interfaces: Ray makes a
     secret of this user's, in ~/.ray, without which it answers nobody.
     """
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        object_store_memory=STORE_BYTES,
-        logging_level="ERROR",
-    )
-
-
-def _use_secret() -> None:
-    """Show the secret to a Ray of this user's: `ray.init` makes one, and does not look for it."""
-    from ray._private.authentication import authentication_token_setup
-
-    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    for last in (False, True):
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=STORE_BYTES,
+                logging_level="ERROR",
+            )
+            return
+        except Exception as error:  # its time to start is limited, and a machine may be busy
+            ray.shutdown()
+            if last:
+                raise InputError(
+                    f"Ray does not start here ({str(error).splitlines()[0][:160]}): try again "
+                    "when the machine is less busy, or give the --address of a cluster"
+                ) from None
 
 
 def _join(ray: Any, address: str) -> None:
+    """Join a Ray, with this user's secret where there is one: `ray.init` does not look for it.
+
+    Raises: InputError where none answers.
+    """
+    from ray._private.authentication import authentication_token_setup
+
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # ConnectionError, RuntimeError, ... by kind of address
