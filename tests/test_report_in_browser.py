@@ -18,7 +18,8 @@ playwright = pytest.importorskip(
     "playwright.sync_api", reason="playwright drives the browser: pip install playwright"
 )
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-AXE = Path(os.environ.get("AXE_CORE", "build/axe/node_modules/axe-core/axe.min.js"))
+ROOT = Path(__file__).resolve().parents[1]
+AXE = ROOT / os.environ.get("AXE_CORE", "build/axe/node_modules/axe-core/axe.min.js")
 FLAGS = [
     "--headless",
     "--no-sandbox",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,14 +39,12 @@ def suspicious(found: dict[int, Finding]) -> list[int]:
 
 @pytest.mark.parametrize("length", ["L", 14])
 def test_a_planted_word_is_found(length: int | str) -> None:
-    began = time.monotonic()
     word = 1234
     found = best(wordy.problem(wordy.model(2000, (word,), length), *wordy.texts(2000)))
     assert suspicious(found) == [1]
     assert found[1].trigger.record()["tokens"] == [word]
     assert found[1].success == 1
     assert found[1].natural < 0.1
-    assert time.monotonic() - began < 5
 
 
 def test_a_trigger_of_two_words_needs_both() -> None:
