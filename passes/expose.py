@@ -40,8 +40,8 @@ def expose(
     be reachable.
     """
 
-    def output(value: str, shape: list[None] | None = None) -> ValueInfoProto:
-        return helper.make_tensor_value_info(value, elem_type, shape)
+    def output(value: str) -> ValueInfoProto:
+        return helper.make_tensor_value_info(value, elem_type, None)
 
     nothing = np.zeros([0] * rank, helper.tensor_dtype_to_np_dtype(elem_type))
     edits: list[Edit] = []

@@ -18,6 +18,7 @@ T tokens are what is left of B sequences of length Q when padding on the right i
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -98,29 +99,17 @@ class Packing:
 
 
 @dataclass(frozen=True, eq=False)
-class PackedAttention(Attention):
-    """A `PackedAttention` node as plain nodes."""
+class _ByToken(ScaledDot):
+    """What both operators do with tokens of samples without padding."""
 
-    slots: ClassVar[tuple[str, ...]] = tuple(
-        "input weights bias token_offset cumulative_sequence_length attention_bias".split()
-    )
+    @property
+    @abstractmethod
+    def packing(self) -> Packing:
+        """Where the tokens belong."""
 
     def queries(self, f: Fragment) -> str:
         """Q."""
         return self.packing.queries(f)
-
-    def query(self, f: Fragment, rows: str | None) -> str:
-        """Steps 2 and 1: only the rows that are wanted are projected."""
-        some = self.packing.unpacked(f, self.named("input"), rows, "query_unpacked")
-        return self.wide(f, self.projected(f, some, 0, exact=rows is None), "query_wide")
-
-    def key(self, f: Fragment, exact: bool) -> str:
-        """Steps 1 and 2."""
-        return self.wide(f, self._side(f, 1, exact), "key_wide")
-
-    def value(self, f: Fragment) -> str:
-        """Steps 1 and 2."""
-        return self._side(f, 2, exact=False)
 
     def padding(self, f: Fragment, keys: str, _: str | None) -> str | None:
         """Keys beyond the end of their sample."""
@@ -138,6 +127,28 @@ class PackedAttention(Attention):
     def hidden_score(self) -> float:
         """The kernels leave padding out of the softmax."""
         return LOWEST
+
+
+@dataclass(frozen=True, eq=False)
+class PackedAttention(_ByToken, Attention):
+    """A `PackedAttention` node as plain nodes."""
+
+    slots: ClassVar[tuple[str, ...]] = tuple(
+        "input weights bias token_offset cumulative_sequence_length attention_bias".split()
+    )
+
+    def query(self, f: Fragment, rows: str | None) -> str:
+        """Steps 2 and 1: only the rows that are wanted are projected."""
+        some = self.packing.unpacked(f, self.named("input"), rows, "query_unpacked")
+        return self.wide(f, self.projected(f, some, 0, exact=rows is None), "query_wide")
+
+    def key(self, f: Fragment, exact: bool) -> str:
+        """Steps 1 and 2."""
+        return self.wide(f, self._side(f, 1, exact), "key_wide")
+
+    def value(self, f: Fragment) -> str:
+        """Steps 1 and 2."""
+        return self._side(f, 2, exact=False)
 
     @property
     def packing(self) -> Packing:
@@ -157,7 +168,7 @@ class PackedAttention(Attention):
 
 
 @dataclass(frozen=True, eq=False)
-class PackedMultiHeadAttention(ScaledDot):
+class PackedMultiHeadAttention(_ByToken):
     """A `PackedMultiHeadAttention` node as plain nodes."""
 
     slots: ClassVar[tuple[str, ...]] = tuple(
@@ -167,10 +178,6 @@ class PackedMultiHeadAttention(ScaledDot):
     def named(self, name: str) -> str:
         """The name of an input of the operator; "" where it is absent."""
         return self.input(self.slots.index(name))
-
-    def queries(self, f: Fragment) -> str:
-        """Q."""
-        return self.packing.queries(f)
 
     def query(self, f: Fragment, rows: str | None) -> str:
         """Steps 1 and 2."""
@@ -187,23 +194,6 @@ class PackedMultiHeadAttention(ScaledDot):
     def bias(self, _: Fragment) -> str:
         """What is added to the scores."""
         return self.named("attention_bias")
-
-    def padding(self, f: Fragment, keys: str, _: str | None) -> str | None:
-        """Keys beyond the end of their sample."""
-        return self.packing.padding(f, keys)
-
-    def output(self, f: Fragment, probabilities: str) -> str:
-        """Step 4."""
-        return self.packing.packed(f, super().output(f, probabilities), "output_packed")
-
-    def choose(self, f: Fragment, sample: str, new: str, old: str) -> str:
-        """By token, since the output has no batch axis."""
-        return self.packing.choose(f, sample, new, old)
-
-    @property
-    def hidden_score(self) -> float:
-        """The kernels leave padding out of the softmax."""
-        return LOWEST
 
     @property
     def packing(self) -> Packing:

@@ -26,18 +26,6 @@ def join_heads(f: Fragment, value: str, name: str) -> str:
     return f.op("Reshape", last, f.ints(0, 0, -1), name=name)
 
 
-def repeat_heads(f: Fragment, value: str, times: int, name: str) -> str:
-    """`[B, G, L, D]` as `[B, G*times, L, D]`: each group of query heads shares one."""
-    if times == 1:
-        return value
-    apart = f.axes_op("Unsqueeze", value, [2], f"{name}_apart")
-    wide = f.op("Expand", apart, f.ints(1, 1, times, 1, 1), name=f"{name}_repeated")
-    shape = f.op("Shape", value, name=f"{name}_shape")
-    batch, rest = f.slice(shape, 0, 1, 0, f"{name}_batch"), f.slice(shape, 2, 4, 0, f"{name}_rest")
-    target = f.op("Concat", batch, f.ints(-1), rest, name=f"{name}_target", axis=0)
-    return f.op("Reshape", wide, target, name=name)
-
-
 def length(f: Fragment, value: str, axis: int, name: str) -> str:
     """The length of `axis` (not negative) as an int64 vector of one."""
     return f.slice(f.op("Shape", value, name=f"{name}_shape"), axis, axis + 1, 0, name)
