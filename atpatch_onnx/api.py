@@ -131,7 +131,8 @@ def patch(
         with the flagged columns pruned at every site); by default what the detector asks for, where
         the model allows it, else what is faster on `ep`.
     ep: where the model will run: "cuda" or "cpu"; by default "cuda" where there is one.
-    remember: add an input and an output that carry flagged columns from prefill to decoding.
+    remember: add an input and an output that carry flagged columns from prefill to decoding; a
+        model that only decodes needs neither `detector` nor `columns` then.
     patch_only: write an `.atpatch` file there instead of a patched model.
     digests: read and hash external weights for the certificate.
     Raises: InputError, RefusedError. Nothing is written then.
@@ -150,7 +151,7 @@ def patch(
     path = None if detector is None else Path(detector)
     plan = None if plan is None else Path(plan)
     plans = [] if plan is None else read_plan(plan, file.sha256)
-    options = Options(view.opset, path, tuple(columns), redistribute, threshold)
+    options = Options(view.opset, path, tuple(columns), redistribute, threshold, remember)
     treatments = choose_treatments(found, () if auto else sites, plans, plan, options)
     detectors = {t.detector.sha256: t.detector for t in treatments.values() if t.detector}
     check_bindings(bind or {}, detectors.values())

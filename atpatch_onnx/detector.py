@@ -1,32 +1,25 @@
-"""Detectors: any ONNX model with the signature of the detector ABI.
-
-in   attention            float32 [B, H, Q, K]          probabilities of the site
-in   layer     (optional) int64 scalar                  index of the site
-in   any other (optional)                               bound by name to a value of the host
-out  anomaly              float32 [B, 1 or H, 1, K]     flagged where above the threshold
-out  benign    (optional) float32 broadcastable to [B, H, Q, K]
-"""
+"""Detectors: any ONNX model with a signature of the detector ABI (see `signature`)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
 import onnx.inliner
 import onnx.version_converter
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
 
 from .errors import InputError, RefusedError, first_line
 from .external_data import check_layout, external_tensors
 from .model_file import ModelFile
 from .passes.protos import subgraphs
+from .signature import OBSERVED, DetectorScope, check_signature, inputs_of
 
 ABI_VERSION = "1"
-_SIGNATURE = "attention: float32 [B, H, Q, K] -> anomaly: float32 [B, 1 or H, 1, K]"
 _KNOWN_DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
 
 
@@ -40,9 +33,12 @@ class Detector:
     threshold: columns with a higher anomaly are flagged.
     strategy: how it asks to be spliced in where nobody says otherwise; None: it does not say.
     rows: how many query rows of a map it was fitted on and wants to see; None: all.
-    sites: names of the sites it was fitted for, in the order of `layer`; empty: any site.
+    sites: names of the sites it was fitted for, in the order of `layer`; empty: any site. With the
+        scope `model`, those where its decision is applied.
     host_sha256: digest of the model it was fitted for; None: it does not say.
     training: its training record, as the fitter wrote it.
+    scope: what it looks at.
+    bindings: host values that its further inputs read unless somebody says otherwise.
     """
 
     path: Path
@@ -55,6 +51,14 @@ class Detector:
     training: dict[str, object]
     strategy: str | None = None
     rows: int | None = None
+    scope: DetectorScope = DetectorScope.SITE
+    bindings: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """The sites that a detector of scope `model` looks at."""
+        named = (value.name for value in self.inputs)
+        return tuple(n.removeprefix(OBSERVED) for n in named if n.startswith(OBSERVED))
 
     @property
     def takes_layer(self) -> bool:
@@ -64,19 +68,19 @@ class Detector:
     @property
     def gives_benign(self) -> bool:
         """Whether it says what flagged columns should get."""
-        return any(value.name == "benign" for value in self.model.graph.output)
+        return any(v.name.partition(".")[0] == "benign" for v in self.model.graph.output)
 
     @property
     def extra_inputs(self) -> tuple[str, ...]:
         """Inputs that must be bound to values of the host."""
         named = (value.name for value in self.inputs)
-        return tuple(name for name in named if name not in ("attention", "layer"))
+        own = ("attention", "context", "layer")
+        return tuple(n for n in named if n not in own and not n.startswith(OBSERVED))
 
     @property
     def inputs(self) -> list[ValueInfoProto]:
         """Its inputs, without initializers that old IR versions list among them."""
-        stored = {tensor.name for tensor in self.model.graph.initializer}
-        return [value for value in self.model.graph.input if value.name not in stored]
+        return inputs_of(self.model)
 
     def layer_of(self, site: str, index: int) -> int | None:
         """The `layer` of a site: its place in `sites`, else its index; None: not fitted for it."""
@@ -100,26 +104,32 @@ def load_detector(path: str | Path, opset: int, threshold: float | None = None) 
         model = onnx.inliner.inline_local_functions(model)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     _check_domains(file.path, model)
-    _check_signature(file.path, model)
-    _check_metadata(file.path, metadata, threshold)
+    scope = _scope(file.path, metadata)
+    check_signature(file.path, model, scope)
+    _check_metadata(file.path, metadata, scope, threshold)
     try:
-        value = float(metadata["atpatch.threshold"]) if threshold is None else threshold
+        given = metadata.get("atpatch.threshold", "0.5")  # a repair has none
+        value = float(given) if threshold is None else threshold
         check_threshold(
             value,
             f"the threshold of the detector {file.path}," if threshold is None else "--threshold",
         )
-        sites = json.loads(metadata.get("atpatch.sites", "[]"))
+        names = "atpatch.apply" if scope is DetectorScope.MODEL else "atpatch.sites"
+        sites = json.loads(metadata.get(names, "[]"))
+        bindings = json.loads(metadata.get("atpatch.bind", "{}"))
         training = json.loads(metadata.get("atpatch.training", "{}"))
         rows = int(metadata["atpatch.rows"]) if "atpatch.rows" in metadata else None
         if not isinstance(sites, list) or not all(isinstance(site, str) for site in sites):
-            raise ValueError("atpatch.sites is no list of names")
+            raise ValueError(f"{names} is no list of names")
+        if not isinstance(bindings, dict) or not all(isinstance(v, str) for v in bindings.values()):
+            raise ValueError("atpatch.bind is no object of names")
         if rows is not None and rows < 1:
             raise ValueError("atpatch.rows is below 1")
     except ValueError as error:
         raise InputError(
             f"the metadata of the detector {file.path} cannot be read ({error}): "
-            "atpatch.threshold and atpatch.rows are numbers, atpatch.sites and atpatch.training "
-            "are JSON"
+            "atpatch.threshold and atpatch.rows are numbers, atpatch.sites, atpatch.apply, "
+            "atpatch.bind and atpatch.training are JSON"
         ) from None
     return Detector(
         path=file.path,
@@ -133,6 +143,8 @@ def load_detector(path: str | Path, opset: int, threshold: float | None = None) 
         training=training,
         strategy=metadata.get("atpatch.strategy"),
         rows=rows,
+        scope=scope,
+        bindings=bindings,
     )
 
 
@@ -163,75 +175,37 @@ def _all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
             yield from _all_nodes(inner)
 
 
-def _check_signature(path: Path, model: ModelProto) -> None:
-    stored = {tensor.name for tensor in model.graph.initializer}
-    inputs = {v.name: v for v in model.graph.input if v.name not in stored}
-    outputs = {v.name: v for v in model.graph.output}
-    wrong: str | bool = False
-    if "attention" not in inputs or "anomaly" not in outputs:
-        wrong = f"{_listed(inputs)} -> {_listed(outputs)}"
-    elif extra := set(outputs) - {"anomaly", "benign"}:
-        wrong = f"the further output {', '.join(sorted(extra))}"
-    else:
-        wrong = (
-            _mismatch(inputs["attention"], TensorProto.FLOAT, 4)
-            or _mismatch(outputs["anomaly"], TensorProto.FLOAT, 4)
-            or ("benign" in outputs and _mismatch(outputs["benign"], TensorProto.FLOAT, None))
-            or ("layer" in inputs and _mismatch(inputs["layer"], TensorProto.INT64, 0))
-        )
-        rows = outputs["anomaly"].type.tensor_type.shape.dim[2:3]
-        if not wrong and rows and rows[0].HasField("dim_value") and rows[0].dim_value != 1:
-            wrong = _listed({"anomaly": outputs["anomaly"]})
-    if wrong:
-        raise InputError(
-            f"the detector {path} has the wrong signature: expected {_SIGNATURE} (and optionally "
-            f"layer: int64 scalar, benign: float32), found {wrong}"
-        )
-
-
-def _mismatch(value: ValueInfoProto, elem_type: int, rank: int | None) -> str:
-    tensor = value.type.tensor_type
-    wrong_rank = rank is not None and tensor.HasField("shape") and len(tensor.shape.dim) != rank
-    return _listed({value.name: value}) if tensor.elem_type != elem_type or wrong_rank else ""
-
-
-def _listed(values: dict[str, ValueInfoProto]) -> str:
-    def one(value: ValueInfoProto) -> str:
-        tensor = value.type.tensor_type
-        name = _type_name(tensor.elem_type)
-        dims = [
-            str(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?"
-            for d in tensor.shape.dim
-        ]
-        return f"{value.name}: {name} [{', '.join(dims)}]"
-
-    return ", ".join(one(value) for value in values.values()) or "nothing"
-
-
-def _type_name(elem_type: int) -> str:
+def _scope(path: Path, metadata: dict[str, str]) -> DetectorScope:
+    found = metadata.get("atpatch.scope", DetectorScope.SITE)
     try:
-        name = str(TensorProto.DataType.Name(elem_type)).lower()
+        return DetectorScope(found)
     except ValueError:
-        return f"unknown type {elem_type}"
-    return {"float": "float32", "double": "float64"}.get(name, name)
-
-
-def _check_metadata(path: Path, metadata: dict[str, str], threshold: float | None) -> None:
-    if metadata.get("atpatch.scope", "site") != "site":
         raise RefusedError(
-            f"the detector {path} has scope '{metadata['atpatch.scope']}', and this version "
-            "splices detectors of scope 'site': fit one with --kind zscore"
-        )
+            f"the detector {path} has scope '{found}', and this version knows "
+            f"{', '.join(DetectorScope)}: fit it again with this version"
+        ) from None
+
+
+def _check_metadata(
+    path: Path, metadata: dict[str, str], scope: DetectorScope, threshold: float | None
+) -> None:
     found = metadata.get("atpatch.abi")
     if found != ABI_VERSION:
         raise InputError(
             f"the detector {path} has atpatch.abi = {found or 'missing'} in its metadata, expected "
             f"{ABI_VERSION}: add it with onnx.helper.set_model_props"
         )
+    if scope is DetectorScope.CONTEXT:
+        return
     if threshold is None and "atpatch.threshold" not in metadata:
         raise InputError(
             f"the detector {path} has no atpatch.threshold in its metadata: add it, or give "
             "--threshold"
+        )
+    if scope is DetectorScope.MODEL and "atpatch.apply" not in metadata:
+        raise InputError(
+            f"the detector {path} has scope 'model' and no atpatch.apply in its metadata: add the "
+            "sites where its decision is applied, as a JSON list of names"
         )
 
 

@@ -8,15 +8,17 @@ from .detector import Detector
 from .errors import InputError, RefusedError, first_line
 from .passes.locate import Site
 from .runtime import Array, Session
+from .signature import DetectorScope
 
 
 def rehearse(detector: Detector, sites: list[Site]) -> None:
     """Check that `detector` runs on maps of the sites' shapes and answers in the right shape.
 
-    Sites whose shape is not known are left out, and so are detectors with further inputs.
+    Sites whose shape is not known are left out, and so are detectors with further inputs or of
+    several sites.
     Raises: InputError, naming the site, the expected and the found.
     """
-    if detector.extra_inputs:
+    if detector.extra_inputs or detector.scope is not DetectorScope.SITE:
         return
     try:
         content, name = detector.model.SerializeToString(), f"the detector {detector.path}"

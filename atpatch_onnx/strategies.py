@@ -9,9 +9,11 @@ from dataclasses import replace
 from .errors import InputError
 from .passes.graph_view import GraphView
 from .passes.locate import Sites
+from .passes.observe import observed_sites
 from .passes.redistribute import Redistribution
 from .passes.rerun import Plan, plan_rerun
 from .passes.splice import Strategy, Treatment
+from .signature import DetectorScope
 
 
 def choose_strategy(
@@ -40,7 +42,11 @@ def choose_strategy(
             if (t := treatments.get(site.name)) and t.detector is not None
             if t.detector.layer_of(site.name, site.index) is not None
         ]
-        if isinstance(plan_rerun(view, found.sites, detecting), Plan):
+        whole = [d for d in detectors if d is not None and d.scope is DetectorScope.MODEL]
+        applied = [site.name for site in detecting] if whole else None
+        if whole:
+            detecting = observed_sites(whole[0], found.sites)
+        if isinstance(plan_rerun(view, found.sites, detecting, applied), Plan):
             return Strategy.RERUN
     return Strategy.SELECT if provider == "cuda" else Strategy.GUARD
 
@@ -52,6 +58,9 @@ def pruning(
 
     modes: the redistributions that were asked for. Raises: InputError for several, or benign.
     """
+    detectors = [treatment.detector for treatment in treatments.values()]
+    if all(d is not None and d.scope is DetectorScope.MODEL for d in detectors):
+        return dict(treatments)  # it decides for each site
     if Redistribution.BENIGN.value in modes or len(modes) > 1:
         raise InputError(
             "--strategy rerun treats the flagged columns alike at every site, also where the "

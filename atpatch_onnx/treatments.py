@@ -12,6 +12,7 @@ from .passes.locate import Site, Sites
 from .passes.redistribute import Redistribution
 from .passes.splice import Treatment
 from .plan import SitePlan, choose_sites
+from .signature import DetectorScope
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Options:
     """What the command line says for every site, unless the plan says otherwise.
 
     opset: of the model, at which detectors must be had.
+    remember: whether flagged columns are carried from run to run: those of a decoder are known
+        without a detector.
     """
 
     opset: int
@@ -26,6 +29,7 @@ class Options:
     columns: tuple[int, ...]
     redistribute: str | None
     threshold: float | None
+    remember: bool = False
 
     def check(self) -> None:
         """Raises: InputError for options that exclude each other or have no such value."""
@@ -67,9 +71,9 @@ def _treatment(
 ) -> Treatment:
     columns = entry.columns or (() if entry.detector else options.columns)
     _check_columns(columns)
-    detector = None if columns else _detector(site, entry, plan, options, loaded)
-    default = "benign" if detector is not None and detector.gives_benign else "uniform"
-    name = entry.redistribute or options.redistribute or ("prune" if columns else default)
+    carried = options.remember and not (entry.detector or options.detector)
+    detector = None if columns or carried else _detector(site, entry, plan, options, loaded)
+    name = entry.redistribute or options.redistribute or _default(detector)
     try:
         mode = Redistribution(name)
     except ValueError:
@@ -84,6 +88,13 @@ def _treatment(
         check_threshold(entry.threshold, f"the plan {plan}: site '{site.name}': threshold")
     threshold = entry.threshold if entry.threshold is not None else options.threshold
     return Treatment(mode, detector, columns, threshold)
+
+
+def _default(detector: Detector | None) -> str:
+    """What flagged columns get unless somebody says otherwise."""
+    if detector is None or (detector.scope is DetectorScope.MODEL and not detector.gives_benign):
+        return "prune"
+    return "benign" if detector.gives_benign else "uniform"
 
 
 def _detector(

@@ -33,16 +33,33 @@ class Inliner:
 
         before: index of the host node before which they will stand. Raises: InputError.
         """
+        nodes, made = self.copy(detector, prefix, {"attention": attention}, layer, before)
+        return nodes, made["anomaly"], made.get("benign")
+
+    def copy(
+        self,
+        detector: Detector,
+        prefix: str,
+        values: Mapping[str, str],
+        layer: int | None,
+        before: int,
+    ) -> tuple[list[NodeProto], dict[str, str]]:
+        """The detector's nodes, and what its outputs are called.
+
+        values: what its inputs read, but for `layer` and those that are bound to the host.
+        Raises: InputError.
+        """
         graph = detector.model.graph
-        bound = dict(self._stored(detector, graph))
-        bound["attention"] = attention
-        if detector.takes_layer:
+        bound = {**self._stored(detector, graph), **values}
+        if detector.takes_layer and layer is not None:
             bound["layer"] = self.constants.add(f"layer{layer}", np.array(layer, np.int64))
         for name in detector.extra_inputs:
             bound[name] = self._bound(detector, name, before)
         nodes = [renamed(node, f"{prefix}/detector", bound) for node in graph.node]
-        outputs = {v.name: bound.get(v.name, f"{prefix}/detector/{v.name}") for v in graph.output}
-        return nodes, outputs["anomaly"], outputs.get("benign")
+        return nodes, {
+            value.name: bound.get(value.name, f"{prefix}/detector/{value.name}")
+            for value in graph.output
+        }
 
     def _stored(self, detector: Detector, graph: GraphProto) -> dict[str, str]:
         """The host's names of the detector's tensors, which are added with its first site."""
@@ -72,7 +89,7 @@ class Inliner:
 
     def _bound(self, detector: Detector, name: str, before: int) -> str:
         """The host value that a further detector input reads. Raises: InputError."""
-        value = self.bindings.get(name)
+        value = self.bindings.get(name, detector.bindings.get(name))
         if value is None:
             raise InputError(
                 f"the input '{name}' of the detector {detector.path} is not bound: say which value "

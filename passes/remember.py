@@ -5,8 +5,9 @@
 
 A cached key has been seen by the detector in the run that put it there. One query row later it may
 no longer stand out, though the cache still holds what it did, so that the caller feeds the output
-of one run to the input of the next; fed nothing, a run remembers nothing. (METHODS, section B:
-CleanSight prunes at decoding what it found at prefill.) The sites must attend to the same cache.
+of one run to the input of the next; fed nothing, a run remembers nothing. (So CleanSight prunes at
+decoding what it found at prefill, arXiv 2603.12989.) A model that only decodes needs no detector:
+the input is then one that must be fed. The sites must attend to the same cache.
 """
 
 from __future__ import annotations
@@ -29,9 +30,15 @@ FLAGGED = "atpatch/flagged_columns"
 """The output: bool `[B, K]`."""
 
 
-def recall(f: Fragment, flagged: str) -> str:
-    """The flagged columns `[B, 1 or H, 1, K]` of a site, with those that are remembered."""
+def recall(f: Fragment, flagged: str, once: bool = False) -> str:
+    """The flagged columns `[B, 1 or H, 1, K]` of a site, with those that are remembered.
+
+    once: only the first run flags; where a length is remembered, nothing is flagged beyond it.
+    """
     past = length(f, REMEMBERED, 1, "remembered_length")
+    if once:
+        begins = f.op("Equal", past, f.ints(0), name="first_run")
+        flagged = f.op("And", flagged, begins, name="flagged_in_first_run")
     batch = length(f, flagged, 0, "flagged_batch")
     shape = f.op("Concat", batch, f.ints(1, 1, 1), name="remembered_shape", axis=0)
     columns = f.axes_op("Unsqueeze", REMEMBERED, [1, 2], "remembered_columns")
@@ -47,11 +54,16 @@ def recall(f: Fragment, flagged: str) -> str:
 
 
 def remember(
-    view: GraphView, constants: Constants, sites: Sequence[Site], flagged: Mapping[str, str]
+    view: GraphView,
+    constants: Constants,
+    sites: Sequence[Site],
+    flagged: Mapping[str, str],
+    decides: bool,
 ) -> list[Edit]:
     """The edits for the input and the output.
 
     flagged: the columns of the sites that are patched, bool `[B, 1 or H, 1, K]`, by site.
+    decides: whether the model flags anything itself; if not, the input must be fed.
     Raises: RefusedError where they are not those of one cache.
     """
     _check(view, [site for site in sites if site.name in flagged])
@@ -66,7 +78,7 @@ def remember(
     info = helper.make_tensor_value_info
     return [
         *(AddNode(len(view.nodes), node) for node in f.nodes()),
-        AddInitializer(nothing),
+        *([AddInitializer(nothing)] if decides else []),
         AddInput(info(REMEMBERED, TensorProto.BOOL, ["atpatch_batch", "atpatch_past"])),
         AddOutput(info(FLAGGED, TensorProto.BOOL, None)),
     ]

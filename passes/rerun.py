@@ -4,24 +4,25 @@
     flagged columns of all sites   ──► any? ──► If ──► then: everything behind the first site once
                                                        more, with the columns pruned at every site
                                                 ──► else: the values as they are
-    the nodes that make the graph's outputs read what the `If` gives          (rewired inputs)
+    the nodes that make the graph's last outputs read what the `If` gives     (rewired inputs)
+    outputs that are made earlier, a cache's keys, are what the `If` gives    (renamed outputs)
 
 Detection in flow comes too late where a trigger does its damage at sites that do not over-attend
 it, or before the one that does (METHODS, section C, where CleanSight meets the same). Here a site
 that sees the trigger heals all of them. What nobody flagged is computed once, by the nodes of the
 original alone; a flagged batch is computed twice, its unflagged samples keeping their first values.
 
-It needs sites over the same keys, and outputs that are made behind the last site with a detector.
+It needs sites over the same keys, and outputs of known ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from onnx import GraphProto, NodeProto, TensorProto, helper
 
-from ..edits import AddNode, Edit, RewireInput
+from ..edits import AddNode, Edit, RenameOutput, RewireInput
 from .fragment import Constants, Fragment
 from .graph_view import Dim, GraphView, Use
 from .locate import Site
@@ -34,26 +35,54 @@ AGAIN = f"{PREFIX}/again"
 """Before the names of copied nodes and of what they make."""
 
 
+FIRST = f"{PREFIX}/first"
+"""Before the names that outputs get as the first run made them."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What happens at one site in the second run.
+
+    flagged: bool, broadcastable to `[B, H, 1, K]`; benign: what it gets in the mode of that name.
+    """
+
+    flagged: str
+    benign: str | None
+    mode: Redistribution
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is run again.
 
-    sites: where columns are pruned; nodes: indices of the nodes that are copied, in order.
-    ends: input slots of the nodes that make the outputs, by the value that they read.
+    sites: where columns are changed; nodes: indices of the nodes that are copied, in order.
+    ends: input slots of the nodes that make the last outputs, by the value that they read.
+    earlier: the outputs that are made before those.
+    before: the node before which everything has been decided.
     """
 
     sites: tuple[Site, ...]
     nodes: tuple[int, ...]
     ends: Mapping[str, tuple[Use, ...]]
+    earlier: tuple[str, ...]
+    before: int
 
     @property
-    def before(self) -> int:
-        """The node before which everything has been decided."""
-        return min(use.node for uses in self.ends.values() for use in uses)
+    def first(self) -> dict[str, str]:
+        """What the earlier outputs are called as the first run made them."""
+        return {output: f"{FIRST}/{output}" for output in self.earlier}
 
 
-def plan_rerun(view: GraphView, sites: Sequence[Site], detecting: Sequence[Site]) -> Plan | str:
-    """What to run again if a site of `detecting` flags something; or why it cannot be done."""
+def plan_rerun(
+    view: GraphView,
+    sites: Sequence[Site],
+    detecting: Sequence[Site],
+    applied: Collection[str] | None = None,
+) -> Plan | str:
+    """What to run again if a site of `detecting` flags something; or why it cannot be done.
+
+    applied: the names of the sites where columns may be changed; None: all over the same keys.
+    """
     if any(site.path for site in detecting):
         return "a site with a detector lies inside a branch, a loop or a function"
     if any(site.rank == 5 or (_single(site) and _batch(site) is None) for site in detecting):
@@ -61,42 +90,57 @@ def plan_rerun(view: GraphView, sites: Sequence[Site], detecting: Sequence[Site]
     keys = {_keys(site) for site in detecting} - {None}
     if len(keys) > 1 or any(site.facts.cross for site in detecting):
         return "the sites with a detector do not all attend to the same keys"
-    pruned = tuple(
-        s for s in sites if _keys(s) in {None, *keys} and not s.facts.cross and not s.path
+    changed_sites = tuple(
+        s
+        for s in sites
+        if _keys(s) in {None, *keys} and not s.facts.cross and not s.path
+        if applied is None or s.name in applied
     )
-    changed = _downstream(view, pruned)
-    ends: dict[str, list[Use]] = {}
-    for output in view.outputs & changed:
-        index = view.producers[output]
-        read = view.nodes[index].input
-        slots = [slot for slot, name in enumerate(read) if name in changed]
-        if not slots:
-            return f"the output '{output}' is made by a site itself"
-        for slot in slots:
-            ends.setdefault(read[slot], []).append(Use(index, slot))
-    last = max(view.producers.get(site.probabilities, 0) for site in detecting)
-    first = min((use.node for uses in ends.values() for use in uses), default=-1)
-    if first <= last:
-        return "the model has an output that does not lie behind the last site with a detector"
-    if any(view.producers[value] >= first for value in ends):
-        return "the nodes that make the outputs are not the last ones"
-    problem = next((p for value in ends if (p := _unfit(view, value, pruned))), None)
+    changed = _downstream(view, changed_sites)
+    ends, earlier = _ends(view, changed)
+    before = min((use.node for uses in ends.values() for use in uses), default=-1)
+    decided = max(site.before for site in detecting)
+    if before < max([decided, *(view.producers[name] + 1 for name in earlier)]):
+        ends, before = {}, len(view.nodes)
+        earlier = tuple(sorted(view.outputs & changed, key=lambda name: view.producers[name]))
+    problem = next((p for v in (*ends, *earlier) if (p := _unfit(view, v, changed_sites))), None)
     if problem:
         return problem
-    needed = _upstream(view, set(ends), changed)
+    if any(name in view.captured for name in earlier):
+        return "a subgraph reads an output of the model"
+    needed = _upstream(view, {*ends, *earlier}, changed)
     if any(changed.intersection(read_within(view.nodes[index])) for index in needed):
         return "a subgraph reads values that would have to be run again"
-    return Plan(pruned, tuple(sorted(needed)), {v: tuple(uses) for v, uses in ends.items()})
+    return Plan(changed_sites, tuple(sorted(needed)), ends, earlier, before)
 
 
-def add_rerun(
-    view: GraphView,
-    constants: Constants,
-    plan: Plan,
-    flagged: Sequence[str],
-    mode: Redistribution,
-) -> tuple[list[Edit], str]:
-    """The edits that run the model again, and the columns that are pruned, bool `[B, 1, 1, K]`.
+def _ends(view: GraphView, changed: set[str]) -> tuple[dict[str, tuple[Use, ...]], tuple[str, ...]]:
+    """Where to choose between the runs: what the makers of the last outputs read; other outputs.
+
+    The makers of the last outputs are left alone, so that a runtime fuses them as it did. Whatever
+    changes that they read is there before the first of them.
+    """
+    outputs = sorted(view.outputs & changed, key=lambda name: view.producers[name], reverse=True)
+    ends: dict[str, list[Use]] = {}
+    earlier: list[str] = []
+    first = len(view.nodes)
+    for output in outputs:
+        index = view.producers[output]
+        read = view.nodes[index].input
+        uses = {Use(index, slot): name for slot, name in enumerate(read) if name in changed}
+        within = {*ends, *uses.values()}
+        if not uses or any(view.producers[name] >= min(first, index) for name in within):
+            earlier.append(output)
+            continue
+        first = min(first, index)
+        for use, name in uses.items():
+            ends.setdefault(name, []).append(use)
+    known = {name: tuple(dict.fromkeys(uses)) for name, uses in ends.items()}
+    return known, tuple(earlier)
+
+
+def flagged_anywhere(view: GraphView, constants: Constants, flagged: Sequence[str]) -> _Decision:
+    """What several sites flag, together.
 
     flagged: bool `[B, 1 or H, 1, K]` of each site with a detector.
     """
@@ -111,26 +155,56 @@ def add_rerun(
     sample = f.cast(largest, TensorProto.BOOL, "sample_flagged")
     batch = f.axes_op("ReduceMax", largest, [0, 1, 2, 3], "any_flagged_ones", keepdims=0)
     condition = f.cast(batch, TensorProto.BOOL, "any_flagged")
+    return _Decision(columns, sample, condition, tuple(f.nodes()))
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """Flagged columns `[B, 1, 1, K]`, samples `[B, 1, 1, 1]`, and whether there are any, bool."""
+
+    columns: str
+    sample: str
+    any: str
+    nodes: tuple[NodeProto, ...]
+
+
+def add_rerun(
+    view: GraphView,
+    constants: Constants,
+    plan: Plan,
+    decision: _Decision,
+    changes: Mapping[str, Change],
+) -> list[Edit]:
+    """The edits that run the model again; changes: what happens at each site of the plan."""
+    edits: list[Edit] = []
+    first = plan.first
+    for output, new in first.items():
+        index = view.producers[output]
+        slot = list(view.nodes[index].output).index(output)
+        edits.append(RenameOutput(index, slot, output, new))
+        edits += [RewireInput(u.node, u.slot, output, new) for u in view.consumers.get(output, [])]
     ends = sorted(plan.ends)
-    chosen = [f"{PREFIX}/chosen{number}" for number in range(len(ends))]
-    then = _then(view, constants, plan, columns, sample, mode, ends)
+    chosen = {end: f"{PREFIX}/chosen{number}" for number, end in enumerate(ends)}
+    chosen |= {output: output for output in plan.earlier}
+    held = {value: first.get(value, value) for value in chosen}
+    then = _then(view, constants, plan, decision.sample, changes, held)
     other = [
-        helper.make_node("Identity", [end], [f"{PREFIX}/same{n}"], f"{PREFIX}/same{n}")
-        for n, end in enumerate(ends)
+        helper.make_node("Identity", [value], [f"{PREFIX}/same{n}"], f"{PREFIX}/same{n}")
+        for n, value in enumerate(held.values())
     ]
-    types = [view.types[end].elem_type for end in ends]
+    types = [view.types[value].elem_type for value in chosen]
     guard = helper.make_node(
         "If",
-        [condition],
-        chosen,
+        [decision.any],
+        list(chosen.values()),
         f"{PREFIX}/if",
         then_branch=_branch("run_again", then, types),
         else_branch=_branch("as_it_is", other, types),
     )
-    edits: list[Edit] = [AddNode(plan.before, node) for node in (*f.nodes(), guard)]
-    for value, new in zip(ends, chosen, strict=True):
-        edits += [RewireInput(use.node, use.slot, value, new) for use in plan.ends[value]]
-    return edits, columns
+    edits += [AddNode(plan.before, node) for node in (*decision.nodes, guard)]
+    for value in ends:
+        edits += [RewireInput(u.node, u.slot, value, chosen[value]) for u in plan.ends[value]]
+    return edits
 
 
 def _branch(name: str, nodes: list[NodeProto], types: list[int]) -> GraphProto:
@@ -147,17 +221,19 @@ def _then(
     view: GraphView,
     constants: Constants,
     plan: Plan,
-    columns: str,
     sample: str,
-    mode: Redistribution,
-    ends: list[str],
+    changes: Mapping[str, Change],
+    held: Mapping[str, str],
 ) -> list[NodeProto]:
-    """The second run; its last nodes choose, sample by sample, between it and the first."""
+    """The second run; its last nodes choose, sample by sample, between it and the first.
+
+    held: what is chosen, with its name in the first run.
+    """
     nodes: list[NodeProto] = []
     again: dict[str, str] = {}
     by_value = {site.probabilities: site for site in plan.sites}
     fused = {site.node: site for site in plan.sites if site.opening}
-    pruned: dict[str, str] = {}
+    replaced: dict[str, str] = {}
     reads = {(use.node, use.slot) for site in plan.sites for use in site.uses}
     for index in plan.nodes:
         copy = NodeProto()
@@ -165,48 +241,51 @@ def _then(
         copy.name = f"{AGAIN}/{copy.name or index}"
         for slot, name in enumerate(copy.input):
             if (index, slot) not in reads:
-                copy.input[slot] = again.get(name, name)
+                copy.input[slot] = again.get(name, held.get(name, name))
                 continue
-            if name not in pruned:
+            if name not in replaced:
                 site = replace(by_value[name], probabilities=again.get(name, name))
                 f = Fragment(f"{PREFIX}/{site.name}", view.opset, constants)
                 floats = in_floats(f, site)
-                whole = view_4d(f, floats)
-                new = redistribute(f, whole, columns, sample, None, mode, floats.elem_type)
-                pruned[name] = as_held(f, site, as_before(f, floats, new))
+                new = _redistributed(f, floats, changes[site.name], sample, floats.elem_type)
+                replaced[name] = as_held(f, site, as_before(f, floats, new))
                 nodes += f.nodes()
-            copy.input[slot] = pruned[name]
+            copy.input[slot] = replaced[name]
         for slot, name in enumerate(copy.output):
             if name:
                 again[name] = copy.output[slot] = f"{AGAIN}/{name}"
         nodes.append(copy)
         if index in fused:
             f = Fragment(f"{PREFIX}/{fused[index].name}", view.opset, constants)
-            output = _opened(f, fused[index], columns, sample, mode)
-            nodes += [_reading(node, again) for node in f.nodes()]
+            output = _opened(f, fused[index], changes[fused[index].name], sample)
+            nodes += [reading(node, again) for node in f.nodes()]
             again[fused[index].probabilities] = output
     reshaping = Fragment(f"{PREFIX}/masks", view.opset, constants)
     choosing = Fragment(f"{PREFIX}/ends", view.opset, constants)
-    for number, end in enumerate(ends):
-        rank = view.rank(end)
+    for number, (value, original) in enumerate(held.items()):
+        rank = view.rank(value)
         assert rank is not None
         shape = reshaping.ints(-1, *[1] * (rank - 1))
         mask = reshaping.op("Reshape", sample, shape, name=f"sample{number}")
-        choosing.op("Where", mask, again.get(end, end), end, name=f"value{number}")
+        choosing.op("Where", mask, again.get(value, original), original, name=f"value{number}")
     return nodes + reshaping.nodes() + choosing.nodes()
 
 
-def _opened(f: Fragment, site: Site, columns: str, sample: str, mode: Redistribution) -> str:
-    """The output of a fused operator with the columns pruned, in the first run's values."""
-    assert site.opening is not None
+def _redistributed(f: Fragment, site: Site, change: Change, sample: str, elem_type: int) -> str:
     whole = view_4d(f, site)
-    new = redistribute(f, whole, columns, sample, None, mode, site.elem_type)
+    return redistribute(f, whole, change.flagged, sample, change.benign, change.mode, elem_type)
+
+
+def _opened(f: Fragment, site: Site, change: Change, sample: str) -> str:
+    """The output of a fused operator with the columns changed, in the first run's values."""
+    assert site.opening is not None
+    new = _redistributed(f, site, change, sample, site.elem_type)
     opened = f.within(OPENED)
     output = site.opening.output(opened, new)
     return site.opening.choose(opened, sample, output, site.probabilities)
 
 
-def _reading(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
+def reading(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
     """A node with other names for what it reads."""
     node.input[:] = [names.get(name, name) for name in node.input]
     return node

@@ -15,7 +15,8 @@ and the output of flagged samples is made from redistributed ones. Strategy `gua
 the `If` too, and `rows` lets the detector see a few query rows, so that only these are computed.
 Inserted nodes make the operator's output under its old name (one renamed output).
 
-Strategy `rerun` leaves P V alone: see its module.
+Strategy `rerun` leaves P V alone: see its module. A detector of scope `model` is placed once
+(`observe`), and what it flags is redistributed at the sites where it is applied.
 
 Where nothing is flagged in a sample its probabilities, or the output of its fused operator, pass
 bit for bit, by selection.
@@ -40,17 +41,19 @@ from ..edits import (
     RenameOutput,
     RewireInput,
 )
-from ..errors import RefusedError
+from ..errors import InputError, RefusedError
+from ..signature import DetectorScope
 from .calls import unfold
 from .expose import expose, is_reachable
 from .fragment import Constants, Fragment, as_stored, shared_prefix
 from .graph_view import GraphView
 from .inline import Inliner
 from .locate import Site
+from .observe import Observation, observed_sites, place
 from .outcome import Outcome, PassResult, Patched, Skipped
 from .redistribute import Redistribution, redistribute
 from .remember import recall, remember
-from .rerun import add_rerun, plan_rerun
+from .rerun import Change, add_rerun, flagged_anywhere, plan_rerun, reading
 from .static_columns import static_columns
 from .switches import ENABLED, THRESHOLD
 from .unmoved import unmoved
@@ -73,7 +76,8 @@ class Treatment:
     """What to do at one site.
 
     detector: flags columns; None where `columns` are given instead.
-    columns: key positions that are always flagged; negative ones count from the end.
+    columns: key positions that are always flagged; negative ones count from the end. Without any,
+        only those are flagged that are remembered.
     threshold: overrides the detector's.
     """
 
@@ -125,9 +129,12 @@ class _Splicing:
         self.inliner = Inliner(view, self.constants, options.bindings)
         self.edits: list[Edit] = []
         self.thresholds: set[float] = set()
+        self.observations: dict[str, Observation] = {}
+        self.benign: dict[str, str | None] = {}
 
     def run(self, sites: tuple[Site, ...]) -> PassResult:
         """Patch each site that has a treatment."""
+        self.sites = sites
         if self.options.toggle and self.view.model.ir_version < 4:
             raise RefusedError(
                 "--toggle needs inputs with defaults, which a model of IR version "
@@ -153,7 +160,9 @@ class _Splicing:
             outcomes = self.rerun(sites, outcomes)
         if self.options.remember:
             flagged = {o.site: o.flagged for o in own if isinstance(o, Patched)}
-            self.edits += remember(self.view, self.constants, sites, flagged)
+            treated = [self.options.treatments[name] for name in flagged]
+            decides = any(t.detector is not None or t.columns for t in treated)
+            self.edits += remember(self.view, self.constants, sites, flagged, decides)
         if self.options.toggle and any(isinstance(o, Patched) for o in outcomes):
             self.edits += [
                 AddInitializer(helper.make_tensor(ENABLED, TensorProto.BOOL, [], [True])),
@@ -174,36 +183,42 @@ class _Splicing:
         lazily = sampling and self.strategy(site) is not Strategy.SELECT
         floats = in_floats(f, site)
         whole = None if lazily else view_4d(f, floats)
-        nodes = []
+        nodes: list[NodeProto] = []
         benign = None
         if detector is None:
-            by_sample, toggle = self.options.telemetry, self.options.toggle
+            by_sample = self.options.telemetry or self.options.remember
+            toggle = self.options.toggle
             flagged = static_columns(f, site, treatment.columns, whole or "", by_sample, toggle)
         else:
-            seen = sampled(f, floats, rows, whole)
-            narrow = floats.elem_type != TensorProto.FLOAT
-            attention = f.cast(seen, TensorProto.FLOAT, "attention") if narrow else seen
-            nodes += f.nodes()
-            f = Fragment(prefix, view.opset, self.constants)
-            layer = detector.layer_of(site.name, site.index) or 0
-            outermost = site.path[0][0] if site.path else site.before
-            copied, anomaly, benign = self.inliner.place(
-                detector, prefix, attention, layer, outermost
-            )
-            nodes += copied
+            if detector.scope is DetectorScope.MODEL:
+                anomaly, benign = self.decided(site, detector)
+            else:
+                seen = sampled(f, floats, rows, whole)
+                narrow = floats.elem_type != TensorProto.FLOAT
+                attention = f.cast(seen, TensorProto.FLOAT, "attention") if narrow else seen
+                nodes += f.nodes()
+                f = Fragment(prefix, view.opset, self.constants)
+                layer = detector.layer_of(site.name, site.index) or 0
+                outermost = site.path[0][0] if site.path else site.before
+                copied, anomaly, benign = self.inliner.place(
+                    detector, prefix, attention, layer, outermost
+                )
+                nodes += copied
             threshold = self.threshold(f, site, treatment)
             above = "above" if self.options.toggle else "flagged"
             flagged = f.op("Greater", anomaly, threshold, name=above)
             if self.options.toggle:
                 flagged = f.op("And", flagged, ENABLED, name="flagged")
         if self.options.remember:
-            flagged = recall(f, flagged)
+            once = detector is not None and detector.scope is DetectorScope.MODEL
+            flagged = recall(f, flagged, once)
             if self.options.toggle:
                 flagged = f.op("And", flagged, ENABLED, name="flagged_if_enabled")
         if treatment.redistribution is not Redistribution.BENIGN:
             benign = None
         if self.options.strategy is Strategy.RERUN:
-            self.insert(site, [*nodes, *f.nodes()])
+            self.insert(site, [*nodes, *f.nodes()], self.deciding(site, detector))
+            self.benign[site.name] = benign
         else:
             result = self.redistributed(f, floats, treatment, whole, flagged, benign)
             result = as_held(f, site, result)
@@ -224,9 +239,48 @@ class _Splicing:
             treatment.effective_threshold,
         )
 
-    def insert(self, site: Site, nodes: Sequence[NodeProto]) -> None:
-        """Add nodes at a site."""
-        self.edits += [AddNode(site.before, node, site.path) for node in nodes]
+    def decided(self, site: Site, detector: Detector) -> tuple[str, str | None]:
+        """What a detector of scope `model` says of a site: its anomaly and its benign attention.
+
+        Raises: RefusedError where it decides behind the site, which has been left by then.
+        """
+        if detector.sha256 not in self.observations:
+            number = f"-{len(self.observations)}" if self.observations else ""
+            prefix = self.constants.prefix.replace("shared", "model") + number
+            found = place(self.view, self.constants, self.inliner, detector, self.sites, prefix)
+            self.edits += found.edits
+            self.observations[detector.sha256] = found
+        found = self.observations[detector.sha256]
+        if site.path:
+            raise RefusedError(
+                f"the detector {detector.path} looks at several sites at once and cannot be "
+                f"applied at '{site.name}' in {site.scope}: leave it out with --sites"
+            )
+        if site.before < found.last.before and self.options.strategy is not Strategy.RERUN:
+            raise RefusedError(
+                f"the detector {detector.path} is applied at '{site.name}', but decides only at "
+                f"'{found.last.name}', which comes later: choose --strategy rerun, which decides "
+                "first, or leave the site out with --sites"
+            )
+        made = found.outputs
+        anomaly = made.get(f"anomaly.{site.name}", made.get("anomaly"))
+        if anomaly is None:
+            raise InputError(
+                f"the detector {detector.path} names '{site.name}' in atpatch.apply, and has no output "
+                f"anomaly or anomaly.{site.name}: give it one"
+            )
+        return anomaly, made.get(f"benign.{site.name}", made.get("benign"))
+
+    def deciding(self, site: Site, detector: Detector | None) -> int:
+        """The node before which it is known what is flagged at a site."""
+        if detector is None or detector.scope is not DetectorScope.MODEL:
+            return site.before
+        return self.observations[detector.sha256].last.before
+
+    def insert(self, site: Site, nodes: Sequence[NodeProto], before: int | None = None) -> None:
+        """Add nodes at a site, or before another node."""
+        place = site.before if before is None else before
+        self.edits += [AddNode(place, node, site.path) for node in nodes]
 
     def replace(self, site: Site, result: str) -> None:
         """Let `result` take the place of the site's probabilities, or of its fused output."""
@@ -243,19 +297,47 @@ class _Splicing:
         flagged = {o.site: o.flagged for o in outcomes if isinstance(o, Patched)}
         if not flagged:
             return outcomes
-        plan = plan_rerun(self.view, sites, [site for site in sites if site.name in flagged])
+        detecting, applied = self.looked_at(list(flagged))
+        plan = plan_rerun(self.view, sites, detecting, applied)
         if isinstance(plan, str):
             raise RefusedError(f"--strategy rerun: {plan}: choose guard or select")
-        mode = next(t.redistribution for t in self.options.treatments.values())
-        edits, union = add_rerun(self.view, self.constants, plan, list(flagged.values()), mode)
-        self.edits += edits
-        pruned = {site.name for site in plan.sites} - set(flagged)
+        decision = flagged_anywhere(self.view, self.constants, list(flagged.values()))
+        treatments = self.options.treatments
+        mode = next(t.redistribution for t in treatments.values())
+        changes = {site.name: Change(decision.columns, None, mode) for site in plan.sites}
+        if applied is not None:  # each site by itself: heads differ
+            changes = {
+                name: Change(flagged[name], self.benign[name], treatments[name].redistribution)
+                for name in changes
+            }
+        # What detectors look at is the first run, also where an output of the model is read.
+        for edit in self.edits:
+            if isinstance(edit, AddNode):
+                reading(edit.node, plan.first)
+        self.edits += add_rerun(self.view, self.constants, plan, decision, changes)
+        pruned = set(changes) - set(flagged)
         return [
-            Patched(o.site, union, mode.value, Strategy.RERUN.value, None)
+            Patched(o.site, decision.columns, mode.value, Strategy.RERUN.value, None)
             if o.site in pruned
             else o
             for o in outcomes
         ]
+
+    def looked_at(self, flagged: Sequence[str]) -> tuple[list[Site], list[str] | None]:
+        """The sites that detectors look at, and those where they change something; None: all.
+
+        Raises: RefusedError where a detector of scope `model` is not the only one.
+        """
+        detectors = [self.options.treatments[name].detector for name in flagged]
+        whole = {d.sha256: d for d in detectors if d and d.scope is DetectorScope.MODEL}
+        if not whole:
+            return [site for site in self.sites if site.name in flagged], None
+        if len(whole) > 1 or len({d.sha256 if d else "" for d in detectors}) > 1:
+            raise RefusedError(
+                "--strategy rerun takes one detector that looks at several sites, and no other "
+                "beside it: patch with one, or choose --strategy guard"
+            )
+        return observed_sites(next(iter(whole.values())), self.sites), list(flagged)
 
     def redistributed(
         self,

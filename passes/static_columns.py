@@ -16,10 +16,18 @@ def static_columns(
 ) -> str:
     """Add the nodes for a mask `[1, 1, 1, K]`, bool, of the columns; `[B, 1, 1, K]` by sample.
 
+    Without columns, by sample, nothing is marked.
+
     whole: the site's map `[B, H, Q, K]`; toggle: whether `ENABLED` switches it.
     Raises: InputError for a column that the map does not have.
     """
     keys = site.facts.shape[-1] if site.facts.shape else None
+    if not columns:
+        one = whole
+        for axis in (1, 2):
+            one = f.slice(one, 0, 1, axis, f"first{axis}")
+        wide = f.cast(one, TensorProto.FLOAT, "first")
+        return f.op("Less", wide, f.number(-1.0), name="no_columns")
     if isinstance(keys, int):
         outside = [c for c in columns if not -keys <= c < keys]
         if outside:

@@ -75,9 +75,19 @@ DETECTORS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "threshold-nan": (changed(("0.5", "nan")), 2, ("threshold", "nan")),
     "threshold-percent": (changed(("0.5", "50")), 2, ("threshold", "50")),
     "scope": (
-        changed(('"0.5"', '"0.5", "atpatch.scope": "model"')),
+        changed(('"0.5"', '"0.5", "atpatch.scope": "galaxy"')),
         3,
-        ("scope 'model'", "zscore"),
+        ("scope 'galaxy'", "site, model, context"),
+    ),
+    "scope-model": (
+        changed(('"0.5"', '"0.5", "atpatch.scope": "model"')),
+        2,
+        ("signature", "attention.<site>", "found attention: float32"),
+    ),
+    "scope-context": (
+        changed(('"0.5"', '"0.5", "atpatch.scope": "context"')),
+        2,
+        ("signature", "context: float32", "found attention: float32"),
     ),
     "sites-text": (changed(('"0.5"', '"0.5", "atpatch.sites": "["')), 2, ("atpatch.sites", "JSON")),
     "sites-number": (changed(('"0.5"', '"0.5", "atpatch.sites": "5"')), 2, ("atpatch.sites",)),
@@ -152,3 +162,22 @@ def test_bind_mends_the_unbound_input(shell: Cli) -> None:
     save(DETECTORS["unbound"][0], "det-unbound.onnx")
     shell.works("patch model.onnx --detector det-unbound.onnx --bind pixels=x -o new.onnx")
     onnx.checker.check_model("new.onnx", full_check=True)
+
+
+@pytest.mark.parametrize(
+    ("applied", "code", "named"),
+    [
+        ("", 2, ("atpatch.apply", "JSON")),
+        ('"atpatch.apply": "[1]"', 2, ("atpatch.apply", "no list of names")),
+        ('"atpatch.apply": "[\\"elsewhere\\"]"', 3, ("not fitted",)),
+        ('"atpatch.apply": "[\\"attention\\"]"', 2, ("observes the site 'x'", "for this model")),
+    ],
+)
+def test_detector_of_several_sites(
+    shell: Cli, applied: str, code: int, named: tuple[str, ...]
+) -> None:
+    about = '"0.5", "atpatch.scope": "model"' + (f", {applied}" if applied else "")
+    model = onnx.parser.parse_model(changed(('"0.5"', about)))
+    model.graph.input[0].name = model.graph.node[0].input[0] = "attention.x"
+    onnx.save(model, "det-several.onnx")
+    shell.fails("patch model.onnx --detector det-several.onnx", code, "det-several.onnx", *named)

@@ -10,6 +10,7 @@ import onnx.parser
 import pytest
 from onnx import ModelProto
 
+from atpatch_onnx.certificate import certify
 from atpatch_onnx.detector import Detector
 from atpatch_onnx.errors import RefusedError
 from atpatch_onnx.model_file import ModelFile
@@ -82,6 +83,19 @@ def reference(x: np.ndarray, pruned: np.ndarray) -> np.ndarray:
     return np.asarray(h[:, 0] @ np.array([[1, 0], [0, 1], [1, 1]]))
 
 
+def intermediate(x: np.ndarray, pruned: np.ndarray) -> dict[str, np.ndarray]:
+    """Values within the host in float64."""
+    h = x.astype(np.float64)
+
+    def context(value: np.ndarray) -> np.ndarray:
+        scores = np.where(pruned[:, None], -np.inf, value @ value.transpose(0, 2, 1))
+        return np.asarray(softmax(scores) @ value)
+
+    c0 = context(h)
+    c1 = context(h + c0)
+    return {"c0": c0, "h": h + c0, "c1": c1, "g0": (h + c0 + c1)[:, 0]}
+
+
 def data(count: int, loud: list[int]) -> Floats:
     rng = np.random.default_rng(0)
     x = rng.random((count, LENGTH, WIDTH), np.float32)
@@ -142,21 +156,40 @@ def test_nothing_flagged_gives_the_same_bits_and_the_patch_comes_off(
     assert revert(patched).content() == file.buffer
 
 
+@pytest.mark.parametrize("output", ["c0", "h", "c1", "g0"])
+def test_outputs_that_are_made_before_the_last_site_are_of_the_second_run_too(output: str) -> None:
+    """As a cache's keys are. Whoever reads them within the model goes on reading the first run."""
+    file = model_file(host(outputs=f"float[N, 2] logits, float[N, 5, 3] {output}"))
+    if output == "g0":
+        file = model_file(host(outputs="float[N, 2] logits, float[N, 3] g0"))
+    feeds, loud = data(6, [1, 4]), [1, 4]
+    rewritten, _ = spliced(file, splice(file, [0, 1]))
+    before, after = run(file, feeds), run(rewritten, feeds)
+    pruned = np.zeros((6, LENGTH), bool)
+    pruned[loud, 3] = True
+    wanted = intermediate(feeds["x"], pruned)[output]
+    np.testing.assert_allclose(after[output][loud], wanted[loud], atol=1e-5)
+    np.testing.assert_allclose(after["logits"], reference(feeds["x"], pruned), atol=1e-5)
+    quiet = [0, 2, 3, 5]
+    for name in before:
+        np.testing.assert_array_equal(after[name][quiet], before[name][quiet])
+    patched = ModelFile.from_bytes(rewritten.content(), file.path)
+    assert [slot.old for slot in certify(file, patched).difference.renamed] == [output]
+    assert revert(patched).content() == file.buffer
+
+
 def test_what_cannot_be_run_again_says_why() -> None:
-    both = "float[N, 2] logits, float[N, 5, 3] "
     cases = {
-        "made by a site itself": host(outputs=f"{both} c0"),
-        "an output that does not lie behind": host(outputs=f"{both} h"),
+        "is quantised": host(
+            "z = Constant <value = float {0.1}> () "
+            "q = QuantizeLinear (g0, z) cls = DequantizeLinear (q, z)"
+        ),
+        "a subgraph reads": host(
+            "yes = Constant <value = bool {1}> () "
+            "cls = If (yes) <then_branch = a () => (float[N, 3] k) { k = Identity (g0) }, "
+            "else_branch = b () => (float[N, 3] m) { m = Neg (g0) }>"
+        ),
     }
-    cases["is quantised"] = host(
-        "z = Constant <value = float {0.1}> () "
-        "q = QuantizeLinear (g0, z) cls = DequantizeLinear (q, z)"
-    )
-    cases["a subgraph reads"] = host(
-        "yes = Constant <value = bool {1}> () "
-        "cls = If (yes) <then_branch = a () => (float[N, 3] k) { k = Identity (g0) }, "
-        "else_branch = b () => (float[N, 3] m) { m = Neg (g0) }>"
-    )
     for words, model in cases.items():
         file = model_file(model)
         view = GraphView.of(file.skeleton)
