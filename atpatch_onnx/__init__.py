@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .api import Inspection, PatchReport, apply, inspect, patch, revert, verify
     from .benchmark import Timing, bench
     from .certificate import Check
+    from .decoding import Decoder, State
     from .demonstration import DemoReport, demo
     from .diffing import Comparison, diff
     from .errors import AtpatchError, CheckError, InputError, RefusedError
@@ -43,6 +44,7 @@ _HOMES = {
         "api": "Inspection PatchReport apply inspect patch revert verify",
         "benchmark": "Timing bench",
         "certificate": "Check",
+        "decoding": "Decoder State",
         "demonstration": "DemoReport demo",
         "diffing": "Comparison diff",
         "errors": "AtpatchError CheckError InputError RefusedError",
@@ -88,6 +90,7 @@ __all__ = [
     "CheckError",
     "ClassReport",
     "Comparison",
+    "Decoder",
     "DemoReport",
     "Evaluation",
     "ExportReport",
@@ -109,6 +112,7 @@ __all__ = [
     "Session",
     "Settings",
     "Signed",
+    "State",
     "Swapped",
     "Timing",
     "Unfairness",

@@ -88,7 +88,9 @@ def scan(
     findings, split, complete = _searched(
         file, journal, samples, labels, kind, target, seed, progress
     )
-    judged = judge(findings, 0 if split is None else len(split.targets))
+    # Of many classes some may be left out, once it is known which.
+    wanted = len(findings) if complete else 0 if split is None else len(split.targets)
+    judged = judge(findings, wanted)
     decision = verdict(judged, complete=complete)
     to_write = [each for each in judged if each.suspicious or (complete and target is not None)]
     pictures: dict[int, Path] = {}

@@ -92,8 +92,9 @@ def place(
     first = min(known.values())
     for node in nodes:
         earliest = max((known.get(name, first) for name in _read(node)), default=first)
-        edits.append(AddNode(max(earliest, _bound(view, node)), node))
-        known.update(dict.fromkeys(node.output, edits[-1].before))
+        before = max(earliest, _bound(view, node))
+        edits.append(AddNode(before, node))
+        known.update(dict.fromkeys(node.output, before))
     return Observation(tuple(edits), outputs, last)
 
 

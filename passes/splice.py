@@ -266,8 +266,8 @@ class _Splicing:
         anomaly = made.get(f"anomaly.{site.name}", made.get("anomaly"))
         if anomaly is None:
             raise InputError(
-                f"the detector {detector.path} names '{site.name}' in atpatch.apply, and has no output "
-                f"anomaly or anomaly.{site.name}: give it one"
+                f"the detector {detector.path} names '{site.name}' in atpatch.apply, and has no "
+                f"output anomaly or anomaly.{site.name}: give it one"
             )
         return anomaly, made.get(f"benign.{site.name}", made.get("benign"))
 

@@ -10,13 +10,16 @@ patch may work wherever it is put, or at one place only, so both are searched:
    can be compared.
 3. More for the leading classes, also where their patches work best of all places.
 
+Of a model with many classes, as one that answers with words, only those are searched toward which
+the survey's patches move images furthest.
+
 Source: trigger inversion, Neural Cleanse (Wang et al., IEEE S&P 2019), here without gradients;
 separable CMA-ES, Ros and Hansen (PPSN 2008).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,6 +41,8 @@ class Effort:
     """Generations for each kind of place of each class."""
     second: int = 14
     """More, for the best kind of place of each class."""
+    most: int = 24
+    """Classes that are searched after the survey."""
     leaders: int = 3
     """Classes without a good patch that get more than that."""
     third: int = 30
@@ -83,17 +88,26 @@ def search(problem: Problem, effort: Effort = Effort()) -> Iterator[Finding]:
         return found if compared else replace(found, evidence=_evidence(arm, found))
 
     leading = {}
-    for number, target in enumerate(problem.targets):
+    targets = _promising(known, problem.targets, effort.most)
+    for number, target in enumerate(targets):
         arms = _arms(known, anywhere, bench, target, effort, problem.seed)
         best = _race(arms, effort)
         leading[target] = best
         yield finding(best)
-        problem.tick(_share(number, len(problem.targets), 60))
+        problem.tick(_share(number, len(targets), 60))
     order = _leaders(leading, effort)
     for number, target in enumerate(order):
         seed = (problem.seed, target)
         yield finding(_improved(leading[target], spots, anywhere, effort, seed))
         problem.tick(_share(number, len(order), 30))
+
+
+def _promising(known: Survey, targets: Sequence[int], most: int) -> list[int]:
+    """The targets toward which the survey got nearest, in their own order."""
+    if len(targets) <= most:
+        return list(targets)
+    nearest = sorted(targets, key=lambda target: known.least_loss(target))[:most]
+    return sorted(nearest)
 
 
 def grid(layout: ImageLayout, side: int, step: int) -> Places:

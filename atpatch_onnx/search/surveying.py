@@ -37,6 +37,10 @@ class Survey:
         best: Floats = self.patches[self.losses[:, target].argmin()]
         return best
 
+    def least_loss(self, target: int) -> float:
+        """The loss of the patch that does best toward it, anywhere or at a place."""
+        return float(min(self.losses[:, target].min(), self.spot_losses[..., target].min()))
+
     def spots(self, target: int, count: int) -> list[tuple[Places, Floats]]:
         """The best places that do not overlap, and the patch that does best at each."""
         losses = self.spot_losses[..., target]

@@ -271,7 +271,7 @@ def test_its_inputs_can_be_bound_by_the_detector_itself(tmp_path: Path) -> None:
     rewritten, _ = spliced(file, splice(loaded(model, tmp_path), Strategy.GUARD))
     feeds = data()
     feeds["mask"][4] = False
-    flagged = flagged_by(feeds["x"], [0]) & feeds["mask"][:, None, None]
+    flagged = flagged_by(feeds["x"], [0]) & (feeds["mask"] > 0)[:, None, None]
     _, wanted = layers_of(feeds["x"], {1: flagged})
     assert flagged[1].any()
     assert not flagged[4].any()
@@ -280,7 +280,7 @@ def test_its_inputs_can_be_bound_by_the_detector_itself(tmp_path: Path) -> None:
 
 def test_the_order_of_sites_and_their_names_are_checked(tmp_path: Path) -> None:
     file = model_file(host())
-    with pytest.raises(RefusedError, match="decides only at 'attention.1'.*--strategy rerun"):
+    with pytest.raises(RefusedError, match=r"decides only at 'attention\.1'.*--strategy rerun"):
         spliced(file, splice(loaded(detector([1], [0]), tmp_path), Strategy.GUARD))
     stranger = detector([0], [1])
     stranger.graph.input[0].name = stranger.graph.node[0].input[0] = "attention.elsewhere"
@@ -305,9 +305,7 @@ def test_only_the_run_that_begins_a_sequence_decides(tmp_path: Path) -> None:
     np.testing.assert_allclose(out["y"], wanted["y"], atol=1e-5)
 
 
-def test_a_model_that_only_decodes_prunes_what_it_is_given_and_wants_to_be_given_it(
-    tmp_path: Path,
-) -> None:
+def test_a_model_that_only_decodes_prunes_what_it_is_given_and_wants_to_be_given_it() -> None:
     file = model_file(host())
     bare = Treatment(Redistribution.PRUNE)
     rewritten, _ = spliced(file, Splice(dict.fromkeys(SITES, bare), remember=True))

@@ -12,7 +12,7 @@ from atpatch_onnx.data import Samples
 from atpatch_onnx.errors import InputError
 from atpatch_onnx.model_file import ModelFile
 from atpatch_onnx.scanning import scan
-from atpatch_onnx.search.image import grid
+from atpatch_onnx.search.image import Effort, grid
 from atpatch_onnx.search.image_layout import ImageLayout
 from atpatch_onnx.search.patch_trigger import PatchTrigger
 from atpatch_onnx.search.report import ScanReport
@@ -67,6 +67,14 @@ def test_two_classes_are_judged_without_comparing_them(scanned: Scan) -> None:
     assert report.verdict == "backdoored"
     assert [each.target for each in report.suspicious] == [1]
     assert all(each.evidence is not None and each.outlier is None for each in report.classes)
+
+
+def test_of_many_classes_only_those_are_searched_that_come_near(scanned: Scan) -> None:
+    report = scanned(classes=60)
+    assert report.verdict == "backdoored"
+    assert [each.target for each in report.suspicious] == [planted.TARGET]
+    assert len(report.classes) == Effort().most
+    assert {0, 1, 2, 3} < {each.target for each in report.classes}
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
