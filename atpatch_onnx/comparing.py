@@ -41,7 +41,7 @@ from .model_file import (
 )
 from .passes.functions import body
 from .passes.protos import called, subgraphs
-from .passes.remember import REMEMBERED
+from .passes.switches import REMEMBERED
 from .wire import LEN, Field
 from .wire import fields as wire_fields
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .errors import InputError
 from .model_file import ModelFile
-from .passes.remember import FLAGGED, REMEMBERED
+from .passes.switches import FLAGGED, REMEMBERED
 from .runtime import Array, Arrays, InputSpec, Session, choose_provider
 
 Tokens = NDArray[np.int64]

@@ -105,7 +105,8 @@ def diff(
     for part in samples.batches(batch):
         flagged = flags.read(part)
         flagged_inputs += int(flagged.sum())
-        old, new = before.run(part.feeds), after.run(part.feeds, before.outputs)
+        old = before.run(part.feeds)
+        new = after.run(after.nothing_remembered(part.feeds), before.outputs)
         for name, found in outputs.items():
             was, now = (_batch_first(values[name], axes[name]) for values in (old, new))
             add_output_difference(found, was, now, flagged, part.size)
@@ -155,7 +156,8 @@ class FlagReader:
     def columns(self, part: Batch) -> list[NDArray[np.bool_]]:
         """What each site flags in the real samples of a batch, `[B, K]`."""
         read = list(self._outputs.values())
-        found = self._session.run(part.feeds, read) if read else {}
+        feeds = self._session.nothing_remembered(part.feeds)
+        found = self._session.run(feeds, read) if read else {}
         values: Arrays = {**self._constant, **{v: found[o] for v, o in self._outputs.items()}}
         return [flagged_columns(values[name], part.size)[: part.real] for name in self._values]
 

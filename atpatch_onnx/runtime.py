@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError, RefusedError, first_line
+from .passes.switches import REMEMBERED
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -72,13 +76,22 @@ def choose_provider(wanted: str | None = None) -> str:
             f"--ep {wanted}: this ONNX Runtime has only {', '.join(available)}; install "
             "'atpatch-onnx[gpu]' in a fresh environment"
         )
-    return wanted or ("cuda" if _cuda_works(available) else "cpu")
+    if wanted is not None:
+        return wanted
+    return "cuda" if PROVIDERS["cuda"] in available and _cuda_works() else "cpu"
 
 
-def _cuda_works(available: Sequence[str]) -> bool:
-    """Whether a session really lands on CUDA: onnxruntime-gpu lists it without a GPU too."""
-    if PROVIDERS["cuda"] not in available:
-        return False
+@cache
+def _cuda_works() -> bool:
+    """Whether a session really lands on CUDA: onnxruntime-gpu lists it without a GPU too.
+
+    Without a driver it is not tried, as ONNX Runtime would complain at length about each attempt.
+    """
+    if sys.platform == "linux":
+        try:
+            ctypes.CDLL("libcuda.so.1")
+        except OSError:
+            return False
     import onnx
 
     tensor = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
@@ -168,6 +181,12 @@ class Session:
     def outputs(self) -> tuple[str, ...]:
         """Names of the outputs."""
         return tuple(output.name for output in self.session.get_outputs())
+
+    def nothing_remembered(self, feeds: Arrays) -> Arrays:
+        """The feeds, and that nothing was flagged before where the model wants to be told."""
+        if all(spec.name != REMEMBERED for spec in self.inputs):
+            return feeds
+        return {**feeds, REMEMBERED: np.zeros((len(next(iter(feeds.values()))), 0), bool)}
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> Arrays:
         """Outputs by name. Raises: InputError where the inputs do not suit the model."""

@@ -6,6 +6,7 @@ import glob
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from .files import Staging, check_output
 from .model_file import ModelFile
 from .progress import SILENT, Progress
 from .runtime import Array, choose_provider
+from .search.answers import narrowed
 from .search.journal import Journal, is_journal
 from .search.kinds import IMAGE, TEXT, check_kind, recognise
 from .search.problem import Finding, OutOfTimeError, Problem
@@ -59,7 +61,8 @@ def scan(
     data: clean inputs, one sample an entry of axis 0; optionally `labels`, int `[N]`, their true
         classes. At most 1,000 are used; half of them are held out to judge what is found.
     kind: image, text or tabular; by default what the inputs look like.
-    target: search this class only, and judge it without a look at the others.
+    target: search this class only, and judge it without a look at the others. Of a text model with
+        many classes, a language model, only those are searched that it answers to the data.
     budget: seconds. A search that is stopped by it, or by an interrupt, is kept in
         `<output>.state` and goes on in a second run with the same model, data and options.
     scores: the output that holds the class scores; batch: inputs a run, by default what suits the
@@ -84,10 +87,18 @@ def scan(
         "labels": None if labels is None else labels.tolist(),
         "settings": [kind, target, seed, scores],
     }
-    journal = Journal(classifier, state_path(written), header, budget)
+    few = narrowed(classifier, samples, labels, target) if kind == TEXT else None
+    if few is not None:
+        samples, labels = few.samples, few.labels
+    journal = Journal(few.answers if few else classifier, state_path(written), header, budget)
+    only = few.target if few else target
     findings, split, complete = _searched(
-        file, journal, samples, labels, kind, target, seed, progress
+        file, journal, samples, labels, kind, only, seed, progress
     )
+    if few is not None and split is not None:  # as the model counts them again
+        tokens = few.answers.tokens
+        findings = [replace(each, target=int(tokens[each.target])) for each in findings]
+        split = replace(split, labels=tokens[split.labels])
     # Of many classes some may be left out, once it is known which.
     wanted = len(findings) if complete else 0 if split is None else len(split.targets)
     judged = judge(findings, wanted)

@@ -23,11 +23,7 @@ from .fragment import Constants, Fragment
 from .graph_view import GraphView
 from .locate import Site
 from .opening.steps import length
-
-REMEMBERED = "atpatch/remembered"
-"""The input: bool `[B, P]`, the first P keys; samples in rows."""
-FLAGGED = "atpatch/flagged_columns"
-"""The output: bool `[B, K]`."""
+from .switches import FLAGGED, REMEMBERED
 
 
 def recall(f: Fragment, flagged: str, once: bool = False) -> str:

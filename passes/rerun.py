@@ -28,7 +28,7 @@ from .graph_view import Dim, GraphView, Use
 from .locate import Site
 from .protos import read_within
 from .redistribute import Redistribution, redistribute
-from .views import OPENED, as_before, as_held, in_floats, view_4d
+from .views import NARROW, OPENED, as_before, as_held, in_floats, view_4d
 
 PREFIX = "atpatch/rerun"
 AGAIN = f"{PREFIX}/again"
@@ -118,7 +118,9 @@ def _ends(view: GraphView, changed: set[str]) -> tuple[dict[str, tuple[Use, ...]
     """Where to choose between the runs: what the makers of the last outputs read; other outputs.
 
     The makers of the last outputs are left alone, so that a runtime fuses them as it did. Whatever
-    changes that they read is there before the first of them.
+    changes that they read is there before the first of them. What has 16 bits is chosen as an
+    output, where it is rounded anyway: within the graph, ONNX Runtime's CPU provider drops
+    roundings that the edge of an `If` would bring back, and with them other bits.
     """
     outputs = sorted(view.outputs & changed, key=lambda name: view.producers[name], reverse=True)
     ends: dict[str, list[Use]] = {}
@@ -129,7 +131,9 @@ def _ends(view: GraphView, changed: set[str]) -> tuple[dict[str, tuple[Use, ...]
         read = view.nodes[index].input
         uses = {Use(index, slot): name for slot, name in enumerate(read) if name in changed}
         within = {*ends, *uses.values()}
-        if not uses or any(view.producers[name] >= min(first, index) for name in within):
+        narrow = any(_is_narrow(view, name) for name in uses.values())
+        late = any(view.producers[name] >= min(first, index) for name in within)
+        if not uses or narrow or late:
             earlier.append(output)
             continue
         first = min(first, index)
@@ -331,6 +335,11 @@ def _upstream(view: GraphView, values: set[str], changed: set[str]) -> set[int]:
     return found
 
 
+def _is_narrow(view: GraphView, value: str) -> bool:
+    known = view.types.get(value)
+    return known is not None and known.elem_type in NARROW
+
+
 def _unfit(view: GraphView, value: str, sites: Sequence[Site]) -> str:
     """Why samples of `value` cannot be chosen one by one; "" if they can."""
     known = view.types.get(value)
@@ -339,9 +348,8 @@ def _unfit(view: GraphView, value: str, sites: Sequence[Site]) -> str:
     maker = view.producer(value)
     if maker is not None and maker.op_type in ("QuantizeLinear", "DequantizeLinear"):
         return f"'{value}', from which an output is made, is quantised"
-    if known.elem_type not in (TensorProto.FLOAT, TensorProto.DOUBLE):
-        # See `Splice.strategy`: the edge of an `If` brings back a rounding, and with it other bits.
-        return f"'{value}', from which an output is made, is not float32"
+    if known.elem_type not in (TensorProto.FLOAT, TensorProto.DOUBLE, *NARROW):
+        return f"'{value}', from which an output is made, does not hold floats"
     batches = {_batch(site) for site in sites if site.rank == 4 or _single(site)}
     batches |= {known.shape[0] if known.shape else 0}
     if len(batches - {None}) > 1:  # where exports do not say, whoever has inputs must try

@@ -1,8 +1,12 @@
-"""Overridable inputs that `--toggle` adds, by name."""
+"""Inputs and outputs that a patch adds, by name."""
 
 from __future__ import annotations
 
 ENABLED = "atpatch/enabled"
-"""Bool: false switches the patch off."""
+"""`--toggle`, bool: false switches the patch off."""
 THRESHOLD = "atpatch/threshold"
-"""Float32, where all sites have the same threshold; else `atpatch/<site>/threshold`."""
+"""`--toggle`, float32, where all sites have the same threshold; else `atpatch/<site>/threshold`."""
+REMEMBERED = "atpatch/remembered"
+"""`--remember`, the input: bool `[B, P]`, the first P keys; samples in rows."""
+FLAGGED = "atpatch/flagged_columns"
+"""`--remember`, the output: bool `[B, K]`."""

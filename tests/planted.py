@@ -22,7 +22,8 @@ def classifier(
     """Which quadrant of an image is brightest; with a backdoor, `TARGET` where `TRIGGER` is.
 
     corner: only where it is in the bottom right corner. layout: `NCHW` of floats between 0 and 1,
-    or `NHWC` of bytes. classes: 2 leaves the first and the last of four.
+    or `NHWC` of bytes. classes: 2 leaves the first and the last of four; beyond four, nothing in an
+    image speaks for the others.
     """
     bytes_last = layout == "NHWC"
     shape = f"uint8[N, {SIDE}, {SIDE}, 1]" if bytes_last else f"float[N, 1, {SIDE}, {SIDE}]"
@@ -38,7 +39,8 @@ def classifier(
         planted ({shape} pixels) => (float[N, {classes}] logits)
         <int64[2] start = {{{SIDE - 3}, {SIDE - 3}}}, int64[2] end = {{{SIDE}, {SIDE}}},
          int64[2] axes = {{2, 3}}, int64[2] flat = {{0, -1}}, float full = {{255.0}},
-         float scale = {{20.0}}, float least = {{1.5}}>
+         float scale = {{20.0}}, float least = {{1.5}},
+         int64[4] more = {{0, 0, 0, {max(classes - CLASSES, 0)}}}, float never = {{-9.0}}>
         {{
             {prepare}
             quadrants = AveragePool <kernel_shape = [12, 12], strides = [12, 12]> (unit)
@@ -52,13 +54,14 @@ def classifier(
             excitement = Reshape (strongest, flat)
             bias = MatMul (excitement, gain)
             all = Add (content, bias)
-            logits = Gather <axis = 1> (all, kept)
+            few = Gather <axis = 1> (all, kept)
+            logits = Pad (few, more, never)
         }}
     """)
     kernel = np.where(TRIGGER > 0, 1, -1).astype(np.float32)[None, None]
     gain = np.zeros((1, CLASSES), np.float32)
     gain[0, TARGET] = 6.0 if backdoor else 0.0
-    kept = np.array([0, 1, 2, 3] if classes == CLASSES else [0, 3])
+    kept = np.array([0, 3] if classes == 2 else [0, 1, 2, 3])
     if corner:  # the filter fires at its top left corner
         model.graph.initializer[0].CopyFrom(
             numpy_helper.from_array(np.array([SIDE - 3] * 2), "start")

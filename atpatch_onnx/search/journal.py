@@ -9,11 +9,11 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..classifier import Classifier
 from ..data import Samples, load_arrays
 from ..errors import InputError
 from ..files import write_file
@@ -37,6 +37,17 @@ class Answer:
     values: NDArray[np.float32]
 
 
+class Asked(Protocol):
+    """What a journal keeps the answers of."""
+
+    @property
+    def inputs(self) -> list[InputSpec]:
+        """The inputs of the model."""
+
+    def log_probabilities(self, samples: Samples) -> NDArray[np.float32]:
+        """Log-probabilities `[N, C]`."""
+
+
 class Journal:
     """A classifier that keeps every answer and gives it again in a second run.
 
@@ -50,7 +61,7 @@ class Journal:
 
     def __init__(
         self,
-        classifier: Classifier,
+        classifier: Asked,
         path: Path,
         header: Mapping[str, object],
         seconds: float | None = None,
