@@ -42,7 +42,8 @@ class Classifier:
 
     Binary classifiers that give one score a sample, `[N, 1]` or `[N]`, get two columns, 0 and the
     logit of class 1: the inverse of the Sigmoid that ends the model or, where `output` is given or
-    called `logits`, the score itself.
+    called `logits`, the score itself. Scores `[N, T, C]` of every token, as language models give
+    them, count where `output` names them: those of the last one, which padding must not be.
 
     inputs: what the model wants, with the axes of the batch.
     classes: how many there are; None while neither a static shape nor a run has told.
@@ -156,6 +157,7 @@ class Classifier:
         value = values[self._output]
         if not self._gives_scores(self._output, value, part.size):
             raise self._no_scores(values)
+        value = value[:, -1] if value.ndim == 3 else value
         single = value.ndim == 1 or value.shape[1] == 1
         columns = self._two_columns(value.reshape(-1)) if single else value
         self.classes = columns.shape[1]
@@ -179,13 +181,15 @@ class Classifier:
             return False
         single = value.ndim == 1 or (value.ndim == 2 and value.shape[1] == 1)
         known = name in self._sigmoids or name in (self._wanted, LOGITS)
-        return value.ndim in (1, 2) and len(value) == size and (known or not single)
+        ranks = (1, 2, 3) if name == self._wanted else (1, 2)
+        return value.ndim in ranks and len(value) == size and (known or not single)
 
     def _no_scores(self, values: Arrays) -> InputError:
         shapes = ", ".join(f"{name} {_described(value)}" for name, value in values.items())
         return InputError(
             f"the outputs of {self.name} ({shapes}) are no class scores [N, C]: choose one that is "
-            "with --scores, or export the model with a classification head"
+            "with --scores (of [N, T, C], the last token's are taken), or export the model with a "
+            "classification head"
         )
 
     def _two_columns(self, value: Array) -> Floats:

@@ -133,6 +133,17 @@ def test_of_several_scores_one_is_chosen_or_called_logits() -> None:
 MEAN = "m = ReduceMean<axes = [1], keepdims = 1>(x) "
 
 
+def test_of_the_scores_of_every_token_the_last_count_where_they_are_asked_for() -> None:
+    body = "t = Constant <value = int64[1] {1}> () wide = Unsqueeze (x, t) n = Neg (wide) "
+    body += "logits = Concat <axis = 1> (n, wide)"
+    found = classifier(body, "float[N, 2, 4] logits", "logits")
+    np.testing.assert_array_equal(found.scores(samples(found)), X)
+    assert found.classes == 4
+    with pytest.raises(InputError, match=r"of \[N, T, C\], the last token's"):
+        unasked = classifier(body, "float[N, 2, 4] logits")
+        unasked.scores(samples(unasked))
+
+
 @pytest.mark.parametrize("shape", ["[N, 1]", "[N]"])
 def test_one_score_a_sample_is_that_of_class_1(shape: str) -> None:
     mean = X.mean(axis=1)
