@@ -166,12 +166,16 @@ def gate(
 def _judge(found: Comparison, limits: Limits) -> Iterator[Gate]:
     if found.identity is not None:
         moved = max((output.unflagged_changed for output in found.outputs), default=0)
-        said = (
-            "an input in which nothing was flagged has other outputs than before"
-            if moved
-            else f"all {found.inputs - found.flagged_inputs} inputs in which nothing was flagged "
-            "have the outputs of the original, bit for bit"
-        )
+        unflagged = found.inputs - found.flagged_inputs
+        if moved:
+            said = "an input in which nothing was flagged has other outputs than before"
+        elif not unflagged:
+            said = f"all {found.inputs} inputs are flagged: there is none to compare bit for bit"
+        else:
+            said = (
+                f"all {unflagged} inputs in which nothing was flagged have the outputs of the "
+                "original, bit for bit"
+            )
         yield Gate(IDENTITY, "", not moved, float(moved), 0.0, said)
     by_name = {output.name: output for output in found.outputs}
     unknown = [name for name in limits.atol if name and name not in by_name]

@@ -13,6 +13,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -175,6 +176,10 @@ def _why(signature: Path, trust: Trust, error: Exception) -> str:
     who = f"{KEYLESS}{trust.identity}" if trust.key is None else str(trust.key)
     if "Signature mismatch" in text or "Cannot use" in text:
         what = text.removeprefix("Signature mismatch: ").strip("[]\"' ").rstrip(".")
+        # The library prints raw digests of each.
+        altered = re.findall(r"Hash mismatch for '(.+?)':", what.replace("\\'", "'"))
+        if altered:
+            what = f"altered: {', '.join(altered)}"
         return (
             f"{signature} does not hold for its folder ({what[:300]}): take a fresh copy of what "
             "was signed, or sign it again"

@@ -280,6 +280,25 @@ def test_names_with_markup_are_printed_as_they_are(shell: Cli) -> None:
         shell.fails(f"inspect '{name}'", 2, name)
 
 
+def test_cuda_is_not_tried_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime would complain on the error stream, for each command."""
+    import onnxruntime
+
+    from atpatch_onnx import runtime
+
+    def absent(name: str) -> None:
+        raise OSError(name)
+
+    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", None)
+    monkeypatch.setattr("ctypes.CDLL", absent)
+    runtime._cuda_works.cache_clear()
+    assert runtime.choose_provider() == "cpu"
+    assert runtime.choose_provider("cuda") == "cuda"
+    runtime._cuda_works.cache_clear()
+
+
 def test_runtime_that_lacks_what_is_wanted(shell: Cli) -> None:
     import onnxruntime
 

@@ -219,3 +219,13 @@ def check_junit(content: bytes) -> ElementTree.Element:
 
 def _models(folder: Path) -> tuple[Path, Path]:
     return folder / "model.onnx", folder / "model.patched.onnx"
+
+
+def test_nothing_to_compare_is_said(folder: Path, tmp_path: Path) -> None:
+    save_arrays(tmp_path / "bad.npz", inputs("image", 5, triggered=True))
+    found = gate(
+        folder / "model.onnx", folder / "model.patched.onnx", tmp_path / "bad.npz", ep="cpu"
+    )
+    (identical,) = found.gates
+    assert identical.passed
+    assert identical.message == "all 5 inputs are flagged: there is none to compare bit for bit"

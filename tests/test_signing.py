@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -98,8 +99,9 @@ def test_any_altered_byte_is_refused(
     altered = content[:offset] + bytes([content[offset] ^ flip]) + content[offset + 1 :]
     try:
         path.write_bytes(altered)
-        refuses(used(signed), keys / "mine.pub", "does not hold")
-        refuses([signed], keys / "mine.pub", "does not hold")
+        told = rf"does not hold for its folder \(altered: {re.escape(name)}\)"
+        refuses(used(signed), keys / "mine.pub", told)
+        refuses([signed], keys / "mine.pub", told)
     finally:
         path.write_bytes(content)
     require_signature([signed], keys / "mine.pub")

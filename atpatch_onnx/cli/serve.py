@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import InputError
 from .common import Ep, Json, Model, RequireSignature, out, plain, show_result
 
 Port = Annotated[int, typer.Option(help="Of the server.")]
@@ -66,8 +67,9 @@ def serve(
 
     def ready(found: Served) -> None:
         out.print(
-            f"serving {found.name} with {found.patches} patches (execution provider: "
-            f"{found.provider}, {found.replicas} replicas) at {found.url}",
+            f"serving {found.name} with {_many(found.patches, 'patch', 'patches')} (execution "
+            f"provider: {found.provider}, {_many(found.replicas, 'replica', 'replicas')}) at "
+            f"{found.url}",
             soft_wrap=True,
             highlight=False,
         )
@@ -101,8 +103,12 @@ def serve(
 
 def swap(
     patches: Annotated[
-        list[Path], typer.Argument(metavar="FIX.ATPATCH...", help="One on top of the other.")
-    ],
+        list[Path] | None,
+        typer.Argument(metavar="FIX.ATPATCH...", help="One on top of the other."),
+    ] = None,
+    original: Annotated[
+        bool, typer.Option("--original", help="Serve the model without any patch.")
+    ] = False,
     port: Port = 8000,
     address: Address = None,
     require_signature: RequireSignature = None,
@@ -111,7 +117,9 @@ def swap(
     """Serve other patches, in every replica of a running server, between two requests."""
     from ..serving import control
 
-    done = control.swap(patches, port=port, address=address, signed_by=require_signature)
+    if original == bool(patches):
+        raise InputError("swap to patches, FIX.ATPATCH..., or to none with --original: give one")
+    done = control.swap(patches or [], port=port, address=address, signed_by=require_signature)
     show_result(as_json, plain(done), lambda: _changed(done))
 
 
@@ -128,8 +136,13 @@ def _changed(done: object) -> None:
 
     assert isinstance(done, Changed)
     served = ", ".join(done.patches) or "the original"
+    who = _many(done.replicas, "replica serves", "replicas serve")
     out.print(
-        f"{done.replicas} replicas serve {served} (SHA-256 {done.after[:12]}..., before "
-        f"{done.before[:12]}...), {done.seconds:.2f} s",
+        f"{who} {served} (SHA-256 {done.after[:12]}..., before {done.before[:12]}...), "
+        f"{done.seconds:.2f} s",
         markup=False,
     )
+
+
+def _many(count: int, one: str, more: str) -> str:
+    return f"{count} {one if count == 1 else more}"

@@ -15,6 +15,7 @@ ABOUT: dict[str, Any] = json.loads((HERE / "atpatch-export.json").read_text())
 def session(name: str = ABOUT["run"], provider: str = "CPUExecutionProvider") -> Any:
     """A session over a model of this folder; a patch that lies beside it is made in memory."""
     source, options = str(HERE / name), ort.SessionOptions()
+    options.log_severity_level = 3
     if not ABOUT["delta"]:
         return ort.InferenceSession(source, options, providers=[provider])
     options.add_session_config_entry(
@@ -33,7 +34,11 @@ def session(name: str = ABOUT["run"], provider: str = "CPUExecutionProvider") ->
 
 if __name__ == "__main__":
     for file, digest in ABOUT["files"].items():
-        if hashlib.sha256(np.memmap(HERE / file, mode="r").data).hexdigest() != digest:
+        path = HERE / file
+        if not path.is_file():
+            raise SystemExit(f"{file} is missing: copy it again")
+        content = np.memmap(path, mode="r").data if path.stat().st_size else b""
+        if hashlib.sha256(content).hexdigest() != digest:
             raise SystemExit(f"{file} was altered: copy it again")
     for model in ABOUT["models"]:
         for golden in (np.load(HERE / file) for file in ABOUT["golden"]):

@@ -249,7 +249,13 @@ def _check_batching(release: Release, own: Interface, clean: GoldenSet) -> None:
         )
     one = {name: array[:1] for name, array in clean.inputs.items()}
     two = {name: np.concatenate([array, array]) for name, array in one.items()}
-    single, double = (release.after.run(feeds) for feeds in (one, two))
+    try:
+        single, double = (release.after.run(feeds) for feeds in (one, two))
+    except InputError as error:  # the number of samples is written into it
+        raise RefusedError(
+            f"Triton cannot batch this model, which does not take one sample and two ({error}): "
+            "leave --max-batch-size at 0"
+        ) from None
     odd = next((n for n in single if not _stacked(single[n], double[n])), None)
     if odd is not None:
         raise RefusedError(

@@ -27,6 +27,7 @@ from ..data import Samples
 from ..errors import InputError
 from .admission import Admission, Claim
 from .batching import Batcher, Job, Result
+from .control import check_signed
 from .golden import Golden
 from .metrics import Metrics, exposition
 from .options import APPLICATION, DEPLOYMENT, Options, Serving
@@ -112,6 +113,8 @@ class Replica:
 
     def _load(self, serving: Serving) -> Session:
         o = self.options
+        # The copy of this machine, as it is now: it need not be what `serve` has checked.
+        check_signed([o.model], o.signed_by)
         golden = None if o.golden is None else Golden.load(o.golden, o.tolerance, o.changed)
         return Session(
             o.model,

@@ -102,7 +102,7 @@ def serve(
     start(
         options,
         patch,
-        replicas=Replicas(replicas),
+        replicas=Replicas(replicas, cpus=0 if address is None else max(1, threads)),
         host=host,
         port=port,
         address=address,

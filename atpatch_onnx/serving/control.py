@@ -28,6 +28,7 @@ SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",  # every flagged request is a line
+    "RAY_COLOR_PREFIX": "0",
     # A busy machine takes its time to start: Ray would kill what is not there after 15 seconds.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_raylet_start_wait_time_s": "120",
@@ -44,12 +45,14 @@ class Replicas:
     ongoing: requests that one replica holds at a time, slow clients among them; queued: those that
         wait for all replicas, beyond which the server answers 503.
     drain_s: how long a replica that stops may take for what it has begun.
+    cpus: what each takes up of a cluster; of 0, Ray would put all of them on one machine.
     """
 
     count: int = 1
     ongoing: int = 1000
     queued: int = 1000
     drain_s: float = 20.0
+    cpus: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ def start(
     try:
         joined()
         serve.start(
-            http_options={"host": host, "port": port, "location": "HeadOnly"},
+            proxy_location="HeadOnly",
+            http_options={"host": host, "port": port},
             logging_config={"log_level": "WARNING"},
         )
         _deploy(schema(arguments(options, replicas)), serving)
@@ -124,6 +128,7 @@ def swap(
 ) -> Changed:
     """Serve other patches in every replica of a running server, without stopping it.
 
+    patches: one on top of the other; none: the original.
     signed_by: the key by which the patches must be signed; that of the server counts anyway.
     Raises: CheckError, RefusedError, InputError where a replica would not take them; all replicas
     have the patches before then.
@@ -158,7 +163,9 @@ def status(*, port: int = 8000, address: str | None = None) -> list[dict[str, An
 def change(handle: Any, how: Callable[[Serving], Serving], wait_s: float = 120.0) -> Changed:
     """Change what is served, and wait until every replica has followed, or none."""
     started = time.perf_counter()
-    before = handle.status.remote().result(timeout_s=30)
+    before = _statuses(handle)
+    if not before:
+        raise InputError("no replica of the server answers at the moment: try again")
     deployed, old = _deployed()
     new = how(old)
     count = deployed["args"]["deployment"]["num_replicas"]
@@ -172,7 +179,7 @@ def change(handle: Any, how: Callable[[Serving], Serving], wait_s: float = 120.0
         raise ERRORS.get(failed["kind"], InputError)(failed["message"])
     patches = tuple(p["name"] for p in after[0]["patches"])
     seconds = time.perf_counter() - started
-    return Changed(before["sha256"], after[0]["sha256"], patches, len(after), seconds)
+    return Changed(before[0]["sha256"], after[0]["sha256"], patches, len(after), seconds)
 
 
 @contextmanager
@@ -185,8 +192,10 @@ def connected(port: int, address: str | None) -> Iterator[Any]:
         _join(ray, at)
     try:
         handle = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
-        handle.status.remote().result(timeout_s=30)
-    except Exception:
+        found = _statuses(handle)
+    except Exception:  # Serve has not been started there
+        found = []
+    if not found:
         if own:
             ray.shutdown()
         raise InputError(
@@ -265,7 +274,7 @@ def arguments(options: Options, replicas: Replicas) -> dict[str, Any]:
         "graceful_shutdown_wait_loop_s": 0.1,
         "health_check_period_s": 2,
         "rolling_update_percentage": 0.01,  # one replica after the other
-        "ray_actor_options": {"num_cpus": 0},
+        "ray_actor_options": {"num_cpus": replicas.cpus},
         "logging_config": {"enable_access_log": False, "log_level": "WARNING"},
     }
     return {"options": options.as_dict(), "deployment": deployment}

@@ -131,6 +131,11 @@ class Version:
             given = dict.fromkeys(names, float(threshold))
         sites = {name.removeprefix(PREFIX).removesuffix("/threshold"): name for name in names}
         unknown = [key for key in given if key not in names and key not in sites]
+        if unknown and names == [THRESHOLD]:
+            raise InputError(
+                f"there is no threshold of '{unknown[0]}': the patch has one for all sites, give a "
+                "number"
+            )
         if unknown:
             raise InputError(
                 f"there is no threshold of '{unknown[0]}': choose from {', '.join(sorted(sites))}"

@@ -66,10 +66,13 @@ def test_any_altered_file_stops_the_runner(release: Path, tmp_path: Path, patche
     assert set(listed) == there - {"atpatch-export.json"}
     for name in sorted(set(listed) - {"run.py"}):
         content = (folder / name).read_bytes()
-        (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        for altered in (content[:-1] + bytes([content[-1] ^ 1]), b""):
+            (folder / name).write_bytes(altered)
+            done = run(folder)
+            assert (done.returncode, done.stderr) == (1, f"{name} was altered: copy it again\n")
+        (folder / name).unlink()
         done = run(folder)
-        assert done.returncode == 1, name
-        assert name in done.stderr
+        assert (done.returncode, done.stderr) == (1, f"{name} is missing: copy it again\n")
         (folder / name).write_bytes(content)
 
 

@@ -133,6 +133,18 @@ def test_triton_cannot_batch_everything(tmp_path: Path) -> None:
     files = plain / "fixed.onnx", plain / "fixed.patched.onnx"
     with pytest.raises(RefusedError, match="no free first dimension"):
         export("triton", *files, output=tmp_path / "out", max_batch_size=4, golden=3)
+    host = onnx.load(plain / "model.onnx")
+    host.graph.node[-1].output[0] = "whole"
+    sizes = onnx.numpy_helper.from_array(np.array([1, 2]), "sizes")
+    host.graph.initializer.append(sizes)
+    split = onnx.helper.make_node("Split", ["whole", "sizes"], ["first", "rest"], axis=0)
+    joined = onnx.helper.make_node("Concat", ["first", "rest"], ["y"], axis=0)
+    host.graph.node.extend([split, joined])
+    onnx.save(host, plain / "three.onnx")
+    api.patch(plain / "three.onnx", columns=1)
+    files, clean = (plain / "three.onnx", plain / "three.patched.onnx"), save_data(plain)[0]
+    with pytest.raises(RefusedError, match="does not take one sample and two"):
+        export("triton", *files, output=tmp_path / "out", inputs=clean, max_batch_size=4, golden=3)
     assert not (tmp_path / "out").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 

@@ -51,6 +51,9 @@ def test_patches_travel_as_json_each_once() -> None:
         ("serve model.onnx --golden nothing.npz", 2, "does not exist"),
         ("serve model.onnx --patch fix.atpatch --golden odd.npz", 1, "marked bad"),
         ("swap fix.atpatch --port 1", 2, "no server of atpatch-onnx was started on port 1"),
+        ("swap --original --port 1", 2, "no server of atpatch-onnx was started on port 1"),
+        ("swap --port 1", 2, "or to none with --original"),
+        ("swap fix.atpatch --original --port 1", 2, "or to none with --original"),
         ("rollback --port 1", 2, "no server of atpatch-onnx was started on port 1"),
     ],
 )

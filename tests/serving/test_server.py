@@ -338,6 +338,15 @@ def test_a_swap_that_fails_its_check_changes_nothing(
     del handle
 
 
+def test_the_original_can_be_served(server: Server, handle: Any) -> None:
+    """Also by a server that was started with a patch."""
+    done = control.swap([], port=server.port)
+    with Session(server.folder / "host.onnx", ep="cpu") as original:
+        assert (done.patches, done.after) == ((), original.sha256)
+    assert control.rollback(port=server.port).patches == ("first.atpatch",)
+    del handle
+
+
 def test_a_killed_replica_comes_back(server: Server, handle: Any, expected: Expected) -> None:
     """Only what it was answering is lost; it comes back with the patches in force."""
     victim = control.status(port=server.port)[0]["pid"]

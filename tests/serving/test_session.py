@@ -194,6 +194,8 @@ def test_switch_and_threshold(made: Path) -> None:
         assert same(served.run(bad), healed)
         with pytest.raises(InputError, match=r"no threshold of 'layer.9'"):
             served.set(threshold={"layer.9": 1.0})
+        with pytest.raises(InputError, match="one for all sites, give a number"):
+            served.set(threshold={"attention.0": 1.0})
         with pytest.raises(InputError, match="between 0 and 1"):
             served.set(threshold=float("nan"))
         served.set(enabled=False)
