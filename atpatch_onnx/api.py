@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .certificate import Check, certify
 from .certificate import verify as verify_files
 from .debugging_set import load_debugging_set
-from .detector import Detector
 from .errors import AtpatchError, InputError, RefusedError
 from .explain import Explained, explain
 from .external_data import check_beside, check_layout, external_files, external_tensors
 from .files import Staging, check_output, write_file
 from .layout import with_batch_axes
 from .model_file import ModelFile
-from .passes.expose import is_reachable
+from .passes.align import Align
 from .passes.graph_view import GraphView
 from .passes.locate import Other, Sites, locate
-from .passes.outcome import Outcome, PassResult, Skipped
+from .passes.outcome import Outcome
 from .passes.rerun import PREFIX as RERUN
 from .passes.splice import Splice, Strategy
 from .patch_file import load_patch, save_patch
@@ -28,7 +27,6 @@ from .patching import (
     Patch,
     Rewritten,
     about_edit,
-    about_patches,
     base_sha256,
     check_order,
     original,
@@ -40,7 +38,9 @@ from .rehearsal import rehearse
 from .runtime import Array, Session, choose_provider
 from .site_search import SiteSearch, search_sites
 from .strategies import choose_strategy, pruning
-from .treatments import Options, check_bindings, choose_treatments
+from .treatments import Options, check_bindings, choose_treatments, repairs_of
+from .wording import about as about_result
+from .wording import nothing_patched, warnings
 
 PathLike = str | Path
 AUTO = "auto"
@@ -161,9 +161,13 @@ def patch(
     if how is Strategy.RERUN:
         treatments = pruning(treatments, asked)
     splice = Splice(treatments, how, telemetry, toggle, bind or {}, remember)
-    result = splice(view, found.sites)
+    decided = {"--redistribute": redistribute, "--threshold": threshold, "--strategy": strategy}
+    switches = {"--toggle": toggle, "--remember": remember, "--sites auto": auto}
+    repairs = repairs_of(treatments, {**decided, **switches})
+    align = Align(repairs, bind or {})
+    result = (align if repairs else splice)(view, found.sites)
     if not result.patched:
-        raise RefusedError(_nothing_patched(file, found, result))
+        raise RefusedError(nothing_patched(file, found, result))
     for one in detectors.values():
         users = {name for name, treatment in treatments.items() if treatment.detector is one}
         rehearse(one, [site for site in found.sites if site.name in users])
@@ -179,7 +183,7 @@ def patch(
         search = _search(file, view, found, splice, candidates, debug, provider, progress)
         splice = _at(splice, search.chosen)
         result = splice(view, found.sites)
-    about = about_edit(file, _about(result, detectors.values()))
+    about = about_edit(file, about_result(result, detectors.values()))
     edits = Patch(file.sha256, (*result.edits, about))
     if patch_only is not None:
         report = _write_patch(file, edits, target, protected, force)
@@ -198,7 +202,7 @@ def patch(
         plan=None if search is None else written,
         outcomes=result.outcomes,
         refused=found.refused,
-        warnings=tuple(_warnings(file, view, found, result, detectors.values(), telemetry)),
+        warnings=tuple(warnings(file, view, found, result, detectors.values(), telemetry)),
         provider=provider,
     )
 
@@ -328,65 +332,6 @@ def _is_plan(path: Path, file: ModelFile) -> bool:
         return path.is_file() and bool(read_plan(path, file.sha256))
     except AtpatchError:
         return False
-
-
-def _nothing_patched(file: ModelFile, found: Sites, result: PassResult) -> str:
-    earlier = [site for about in about_patches(file) for site in about["sites"]]
-    if any(site.get("strategy") == Strategy.RERUN.value for site in earlier):
-        return (
-            f"{file.path} carries a patch that runs the model again, which another one cannot be "
-            "put on top of: revert it, and patch the original with both"
-        )
-    if found.sites:
-        reasons = sorted({o.reason for o in result.outcomes if isinstance(o, Skipped)})
-        return (
-            f"none of the {len(found.sites)} attention sites of {file.path} is to be patched "
-            f"({'; '.join(reasons)}): choose others with --sites or in the plan"
-        )
-    if found.refused:
-        first = found.refused[0]
-        return (
-            f"{file.path} has no attention that can be patched: {len(found.refused)} refused, "
-            f"the first, {first.op} '{first.node}', because {first.reason}: {first.fix}"
-        )
-    return (
-        f"{file.path} has no attention in it: run atpatch-onnx inspect to see what each "
-        "softmax is; give a transformer"
-    )
-
-
-def _about(result: PassResult, detectors: Iterable[Detector]) -> dict[str, list[dict[str, object]]]:
-    """What a patch says of itself, in the patched model and in its certificate."""
-    return {
-        "sites": [asdict(outcome) for outcome in result.patched],
-        "detectors": [
-            {"file": d.path.name, "sha256": d.sha256, "kind": d.kind, "training": d.training}
-            for d in detectors
-        ],
-    }
-
-
-def _warnings(
-    file: ModelFile,
-    view: GraphView,
-    found: Sites,
-    result: PassResult,
-    detectors: Iterable[Detector],
-    telemetry: bool,
-) -> Iterator[str]:
-    patched = {outcome.site for outcome in result.patched}
-    silent = [s for s in found.sites if s.name in patched and not is_reachable(view, s.path)]
-    if telemetry and silent:
-        yield (
-            f"no telemetry for {len(silent)} sites, '{silent[0].name}' in {silent[0].scope} among "
-            "them: nothing leaves a loop"
-        )
-    for detector in detectors:
-        if detector.host_sha256 not in (None, file.sha256):
-            yield (
-                f"{detector.path} was fitted for another model than {file.path}: its statistics "
-                "and threshold may not hold here; fit it again"
-            )
 
 
 def _hashing(file: ModelFile, digests: bool, progress: Progress) -> Tick | None:

@@ -121,8 +121,12 @@ def fitted(console: Console, report: FitReport) -> None:
         f"{escape(str(report.output))}: {report.kind} detector for {len(report.sites)} sites "
         f"(execution provider: {report.provider})"
     )
+    if report.observed:
+        console.print(f"it looks at {escape(', '.join(report.observed))}")
     if c is None:
-        console.print("it flags the same columns of every input, clean ones too, on purpose")
+        repair = report.kind == "head-alignment"
+        acts = "corrects what heads give in" if repair else "flags the same columns of"
+        console.print(f"it {acts} every input, clean ones too, on purpose")
         return
     console.print(
         f"fitted on {c.fit_inputs} clean inputs, threshold {c.threshold:.4f} from "

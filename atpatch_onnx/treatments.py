@@ -127,3 +127,30 @@ def check_bindings(bindings: Mapping[str, str], detectors: Iterable[Detector]) -
         raise InputError(
             f"--bind {unknown[0]}=...: no detector has such an input (found: {listed})"
         )
+
+
+def repairs_of(
+    treatments: Mapping[str, Treatment], decisions: Mapping[str, object]
+) -> dict[str, Detector]:
+    """The repairs among the treatments, by site; none where there are detectors.
+
+    decisions: options that are about what is flagged, by their names.
+    Raises: InputError for both at once, or for a decision about a repair, which is always on.
+    """
+    detectors = {name: treatment.detector for name, treatment in treatments.items()}
+    repairs = {n: d for n, d in detectors.items() if d and d.scope is DetectorScope.CONTEXT}
+    if not repairs:
+        return {}
+    first = next(iter(repairs.values()))
+    if len(repairs) < len(treatments):
+        raise InputError(
+            f"{first.path} is a repair, which is always on, and other sites have detectors: patch "
+            "twice, the repaired model with the detectors"
+        )
+    given = [name for name, value in decisions.items() if value not in (None, False)]
+    if given:
+        raise InputError(
+            f"{given[0]} is about what is flagged, and {first.path} is a repair, which is always "
+            "on: leave it out"
+        )
+    return repairs

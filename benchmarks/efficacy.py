@@ -25,7 +25,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
@@ -50,6 +50,8 @@ from efficacy_victim import Row, Rows, Settings, Victim, error_sentence
 RESULTS = Path(__file__).parent / "results"
 FORMAT = 1
 """Of the JSON of a case; another number measures all again."""
+KINDS = ("image", "text", "tabular")
+"""Of the others, see `several.py`."""
 QUICK = "digits-*"
 SHORT = ("digits-*", "census", "bank", "credit", "compas")
 """Cases that train in a minute or so, and get three seeds."""
@@ -69,7 +71,7 @@ def main() -> None:
     for name, seed in [] if options.report else _chosen(options):
         try:
             folder = build(name, seed, options.victims, options.data, _log)
-            records.append(measured(folder, options.work, settings))
+            records.append(measured(folder, options.work, settings, measure))
         except Exception as error:  # the others can be measured all the same
             skipped[f"{name}-s{seed}"] = error_sentence(error)
             _log(f"{name}-s{seed}: skipped: {error_sentence(error)}")
@@ -99,7 +101,9 @@ def main() -> None:
     tables.verdicts(console, verdicts)
 
 
-def measured(folder: Path, work: Path, settings: Settings) -> Record:
+def measured(
+    folder: Path, work: Path, settings: Settings, measure: Callable[[Victim], Record]
+) -> Record:
     """What is measured of a victim, or was before with the same settings."""
     path = work / f"{folder.name}.json"
     model = ModelFile.open(folder / "model.onnx").sha256
@@ -152,9 +156,10 @@ def clean_model(victim: Victim) -> Row | None:
 def _chosen(options: argparse.Namespace) -> list[tuple[str, int]]:
     """The cases with their seeds. Exits where a pattern fits none."""
     patterns = options.cases.split(",")
-    names = [name for name in cases() if any(fnmatch(name, pattern) for pattern in patterns)]
+    known = [case.name for case in cases().values() if case.kind in KINDS]
+    names = [name for name in known if any(fnmatch(name, pattern) for pattern in patterns)]
     if not names:
-        sys.exit(f"--cases {options.cases}: there is none; choose among {', '.join(cases())}")
+        sys.exit(f"--cases {options.cases}: there is none; choose among {', '.join(known)}")
     pairs = []
     for name in names:
         several = any(fnmatch(name, pattern) for pattern in SHORT)

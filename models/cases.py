@@ -53,7 +53,7 @@ class Case:
     """One reference victim."""
 
     name: str
-    kind: Literal["image", "text", "tabular"]
+    kind: Literal["image", "text", "tabular", "vision-language", "language"]
     make: Callable[[Job], Facts]
     """Writes the files of the victim and returns what is to be known about it, as JSON values."""
     needs: tuple[str, ...] = ()
@@ -61,13 +61,15 @@ class Case:
 
 
 def cases() -> dict[str, Case]:
-    """Every case by its name: images first, then text, then tabular data."""
+    """Every case by its name: images first, then text, tabular data, and models that speak."""
     # Imported here because these modules need `Case` themselves.
+    from .cases_generative import generative_cases
     from .cases_image import image_cases
     from .cases_tabular import tabular_cases
     from .cases_text import text_cases
 
-    return {case.name: case for case in (*image_cases(), *text_cases(), *tabular_cases())}
+    classifiers = (*image_cases(), *text_cases(), *tabular_cases())
+    return {case.name: case for case in (*classifiers, *generative_cases())}
 
 
 def build(

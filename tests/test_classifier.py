@@ -139,8 +139,8 @@ def test_of_the_scores_of_every_token_the_last_count_where_they_are_asked_for() 
     found = classifier(body, "float[N, 2, 4] logits", "logits")
     np.testing.assert_array_equal(found.scores(samples(found)), X)
     assert found.classes == 4
+    unasked = classifier(body, "float[N, 2, 4] logits")
     with pytest.raises(InputError, match=r"of \[N, T, C\], the last token's"):
-        unasked = classifier(body, "float[N, 2, 4] logits")
         unasked.scores(samples(unasked))
 
 

@@ -16,6 +16,7 @@ from atpatch_onnx.passes.graph_view import GraphView
 from atpatch_onnx.passes.locate import locate
 from atpatch_onnx.passes.redistribute import Redistribution
 from atpatch_onnx.passes.splice import Splice, Strategy, Treatment
+from atpatch_onnx.passes.switches import FLAGGED
 from atpatch_onnx.runtime import Arrays, Session, choose_provider, onnxruntime
 
 from forms import BODIES, form
@@ -120,3 +121,40 @@ def test_select_can_be_captured_in_a_cuda_graph(body: str, tmp_path: Path) -> No
     for _ in range(3):  # captured, then replayed
         session.run_with_iobinding(binding)
         assert np.array_equal(result.numpy(), wanted)
+
+
+@pytest.mark.parametrize("strategy", [Strategy.SELECT, Strategy.RERUN])
+def test_cleansight_decides_on_the_device_as_on_the_cpu(strategy: Strategy, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    import atpatch_onnx
+    from atpatch_onnx.fitting.cleansight import CleanSight
+
+    from small_vision_language import VISUAL, export, samples, small_model
+
+    export(small_model(), tmp_path)
+    host, detector = tmp_path / "model.onnx", tmp_path / "det.onnx"
+    options = CleanSight(f"1:{1 + VISUAL}", tau=0.05, rerun=strategy is Strategy.RERUN)
+    clean, output = tmp_path / "clean.npz", tmp_path / "patched.onnx"
+    atpatch_onnx.fit(host, clean, detector, kind="cleansight", options=options, fpr=0.3, ep="cpu")
+    atpatch_onnx.patch(host, detector, output=output, strategy=strategy.value, remember=True)
+    feeds = samples(12, 2)
+    cpu, cuda = (Session(output, ep).run(feeds) for ep in ("cpu", "cuda"))
+    before = Session(host, "cuda").run(feeds)
+    flagged = cpu[FLAGGED].any(axis=1)
+    assert 0 < flagged.sum() < 12
+    np.testing.assert_array_equal(cuda[FLAGGED], cpu[FLAGGED])
+    np.testing.assert_allclose(cuda["logits"], cpu["logits"], atol=1e-2)  # TF32
+    assert np.array_equal(cuda["logits"][~flagged], before["logits"][~flagged])
+    if strategy is Strategy.SELECT:
+        # Whatever the host copies is its own.
+        assert copies(output, tmp_path) == copies(host, tmp_path)
+
+
+def copies(model: Path, folder: Path) -> int:
+    """How often values go between host and device."""
+    ort = onnxruntime()
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    ort.InferenceSession(str(model), options, providers=["CUDAExecutionProvider"])
+    nodes = onnx.load(folder / "optimized.onnx").graph.node
+    return sum(node.op_type.startswith("Memcpy") for node in nodes)

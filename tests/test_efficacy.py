@@ -235,9 +235,7 @@ def test_a_row_that_fails_stops_no_other() -> None:
 
 
 @pytest.fixture
-def victim(
-    fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[], list[str]]:
+def victim(fitted: Path, tmp_path: Path) -> Callable[[], list[str]]:
     """Measures a victim once more; returns the names of those that were really measured."""
     folder = tmp_path / "a-badnets-s0"
     folder.mkdir()
@@ -248,10 +246,8 @@ def victim(
         done.append(found.folder.name)
         return {"rows": []}
 
-    monkeypatch.setattr(efficacy, "measure", measure)
-
     def again(budget: float = 600.0) -> list[str]:
-        efficacy.measured(folder, tmp_path, Settings(1000, budget, "cpu", 1))
+        efficacy.measured(folder, tmp_path, Settings(1000, budget, "cpu", 1), measure)
         return done
 
     return again

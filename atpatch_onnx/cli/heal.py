@@ -108,7 +108,11 @@ def fit(
         typer.Option("--debug", "--bad", help="Bad inputs: from scan, or your own."),
     ] = None,
     kind: Annotated[
-        str | None, typer.Option(help="zscore, contrastive, map-cnn or columns.")
+        str | None,
+        typer.Option(
+            help="zscore, contrastive, map-cnn or columns; or of several sites at once: "
+            "cleansight, head-similarity, head-alignment."
+        ),
     ] = None,
     benign: Annotated[
         str, typer.Option(help="What flagged columns get: column, map or uniform.")
@@ -121,6 +125,38 @@ def fit(
             help="Query rows of a map to look at; 0: all; by default all, or 16 if fused."
         ),
     ] = None,
+    visual: Annotated[
+        str | None,
+        typer.Option(
+            help="cleansight: tokens of the image, START:END, or a mask [B, K] of the model."
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="cleansight: tokens of the prompt, likewise; by default all behind the image."
+        ),
+    ] = None,
+    statistics: Annotated[
+        str | None,
+        typer.Option(help="cleansight: of ratio (the paper's), log-ratio, columns; by comma."),
+    ] = None,
+    tau: Annotated[
+        float | None, typer.Option(help="cleansight: prune image tokens with more attention.")
+    ] = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(help="head-...: suspicious heads, SITE:HEAD by comma, or how many to take."),
+    ] = None,
+    similarity: Annotated[
+        str | None, typer.Option(help="head-...: how it is told that heads are alike.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="head-alignment: of the repair.")] = None,
+    rerun: Annotated[
+        bool,
+        typer.Option("--rerun", help="cleansight, head-similarity: decide first, then run again."),
+    ] = False,
+    scores: Scores = None,
     seed: Annotated[int, typer.Option(help="Splits the data.")] = 0,
     batch: Batch = 32,
     ep: Ep = None,
@@ -129,6 +165,20 @@ def fit(
 ) -> None:
     """Fit a detector on clean inputs, calibrated on some of them held out."""
     from ..fitting import fit as run
+    from ..fitting.options import options_of
+
+    options = options_of(
+        kind,
+        visual=visual,
+        prompt=prompt,
+        statistics=statistics,
+        tau=tau,
+        heads=heads,
+        similarity=similarity,
+        rank=rank,
+        rerun=rerun,
+        scores=scores,
+    )
 
     with progress_bars() as progress:
         report = run(
@@ -137,6 +187,7 @@ def fit(
             output,
             debug=debug,
             kind=kind,
+            options=options,
             fpr=fpr,
             benign=benign,
             sites=words(sites),

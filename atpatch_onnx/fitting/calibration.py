@@ -70,3 +70,16 @@ def calibrate(anomalies: NDArray[np.float64], budget: float, fit_inputs: int) ->
         flagged=Rate.counted(int((anomalies > threshold).sum()), n),
         honoured=(n + 1) * budget >= 1,
     )
+
+
+def raised(threshold: float, anomalies: NDArray[np.float64], missed: float = 0.01) -> float:
+    """A threshold moved up towards bad inputs that are known, and so further from clean ones.
+
+    It comes halfway, in odds, between `threshold` and what all but a share `missed` of the bad
+    inputs, which nothing was fitted on, are above; it stays where those are below it.
+    """
+    least = float(np.quantile(anomalies, missed))
+    if not 0 < threshold < least < 1:
+        return threshold
+    odds = math.sqrt(threshold / (1 - threshold) * least / (1 - least))
+    return float(np.float32(odds / (1 + odds)))

@@ -25,23 +25,27 @@ from ..passes.locate import Site, locate
 from ..plan import choose_sites
 from ..progress import SILENT, Progress
 from ..runtime import Array, Session, choose_provider
+from ..signature import DetectorScope
 from .benign import KINDS as BENIGN
-from .calibration import Calibration, calibrate, held_out
+from .calibration import Calibration, calibrate
+from .cleansight import CleanSight
 from .contrastive import fit_contrastive
 from .fixed_columns import fit_columns
-from .inputs import bad_inputs, check_enough, clean_inputs, is_fairness, split_bad
-from .job import Job, Trained
+from .heads import Heads
+from .inputs import bad_inputs, check_enough, clean_inputs, halves, is_fairness, split_bad
+from .job import Job, Made, Trained
 from .labelling import moved_columns
 from .map_cnn import fit_map_cnn
 from .scores import Recall, Scorer, recall_of
+from .several import SEVERAL, fit_several
 from .trial import recommended_strategy
 from .zscore import fit_zscore
 
-KINDS = ("zscore", "contrastive", "map-cnn", "columns")
+KINDS = ("zscore", "contrastive", "map-cnn", "columns", *SEVERAL)
 TRAINED = ("contrastive", "map-cnn")
 ROWS_BESIDE_FUSED = 16
 """Query rows that a detector looks at by default where the map is computed for it alone."""
-RUNS = {"zscore": 3, "contrastive": 4, "map-cnn": 4, "columns": 1}
+RUNS = {"zscore": 3, "contrastive": 4, "map-cnn": 4, "columns": 1} | dict.fromkeys(SEVERAL, 3)
 """About how many runs over the data each kind takes, for the progress bar."""
 
 
@@ -51,6 +55,9 @@ class FitReport:
 
     calibration: of the threshold; None for detectors that flag the same columns of every input.
     recall: on bad inputs that training has not seen; None without a debugging set.
+    observed: the sites that a detector of several sites looks at; `sites` are then those where its
+        decision is applied.
+    record: what its training record says of how it was made.
     """
 
     output: Path
@@ -59,6 +66,8 @@ class FitReport:
     sites: tuple[str, ...]
     calibration: Calibration | None
     recall: Recall | None
+    observed: tuple[str, ...]
+    record: Mapping[str, object]
 
 
 def fit(
@@ -68,6 +77,7 @@ def fit(
     *,
     debug: PathLike | Mapping[str, Array] | None = None,
     kind: str | None = None,
+    options: CleanSight | Heads | None = None,
     fpr: float = 0.01,
     benign: str = "column",
     sites: Sequence[str] = (),
@@ -85,7 +95,9 @@ def fit(
     debug: bad inputs, from `scan` or your own (see `debugging_set`).
     kind: `zscore` (default without bad inputs), `contrastive` (default with them), `map-cnn` (the
         paper's own), or `columns` (default for a fairness debugging set: the protected columns, in
-        every input).
+        every input); or a detector that looks at several sites at once: `cleansight`,
+        `head-similarity`, and its repair `head-alignment`.
+    options: what can be said of these; a `CleanSight` is needed for `cleansight`.
     fpr: how many clean inputs may be flagged, as a rate, over all sites together.
     benign: what flagged columns get: their clean mean, one value a `column` or an entry of the
         `map`, or the `uniform` share.
@@ -102,6 +114,9 @@ def fit(
     sources = [Path(given) for given in (data, debug) if isinstance(given, str | Path)]
     used = [file.path, *sources, *external_files(file)]
     check_output(target, used, force=force, ours=_fitted_for(target, file))
+    if isinstance(options, CleanSight):  # it looks at some, and acts at all
+        named = tuple(s.name for s in _sites(file, sites)) if sites else options.detection
+        options, sites = replace(options, detection=named), ()
     chosen = _sites(file, sites)
     provider = choose_provider(ep)
     inputs = with_batch_axes(Session(file.path, provider).inputs, chosen)
@@ -112,33 +127,50 @@ def fit(
         check_enough(bad)
     runs = RUNS[kind] * clean.count + (0 if bad is None else 5 * bad.bad.count)
     tick = progress.start("fitting", runs)
-    rows = _rows(rows, benign, chosen)
-    job = Job(file, GraphView.of(file.skeleton), chosen, provider, batch, seed, benign, tick, rows)
+    rows = None if kind in SEVERAL else _rows(rows, benign, chosen)
+    view = GraphView.of(file.skeleton)
+    job = Job(file, view, chosen, provider, batch, seed, benign, tick, rows)
+    if kind in SEVERAL:
+        made = fit_several(kind, job, clean, bad, fpr, options)
+    else:
+        made = _column_wise(kind, job, clean, bad, fpr)
+    write_file(target, _with_metadata(made, job, kind, clean, bad).SerializeToString())
+    names = tuple(site.name for site in made.sites)
+    observed = tuple(site.name for site in made.observed)
+    return FitReport(
+        target, kind, provider, names, made.calibration, made.recall, observed, made.record
+    )
+
+
+def _column_wise(
+    kind: str, job: Job, clean: Samples, bad: DebuggingSet | None, fpr: float
+) -> Made:
+    """A detector that looks at one site at a time."""
     if bad is not None and bad.anomalous is None and bad.clean is not None:
         bad = replace(bad, anomalous=moved_columns(job, bad.bad, bad.clean))
     if kind == "columns":
-        trained = fit_columns(job, bad)
-        threshold, calibration, recall = 0.5, None, None
-    else:
-        order = job.generator().permutation(clean.count)
-        held = held_out(clean.count)
-        unseen, seen = clean.take(order[:held]), clean.take(order[held:])
-        train, judged = (None, None) if bad is None else split_bad(job, bad)
-        trained = _train(kind, job, seen, train)
-        job = replace(job, sites=trained.sites)
-        scorer = Scorer(job, trained.model)
-        calibration = calibrate(scorer.largest(unseen), fpr, seen.count)
-        threshold = calibration.threshold
-        recall = None if judged is None else recall_of(job, trained, scorer, judged, threshold)
-    record = _record(job, clean, bad) | trained.record
-    record["calibration"] = None if calibration is None else asdict(calibration)
-    record["recall"] = None if recall is None else asdict(recall)
-    # Columns that are always flagged would always be run twice.
-    strategy = None if kind == "columns" else recommended_strategy(job, trained, clean)
-    detector = _with_metadata(trained, job, kind, threshold, strategy, record)
-    write_file(target, detector.SerializeToString())
-    names = tuple(site.name for site in trained.sites)
-    return FitReport(target, kind, provider, names, calibration, recall)
+        # Columns that are always flagged would always be run twice.
+        fixed = fit_columns(job, bad)
+        return Made(fixed.model, DetectorScope.SITE, fixed.sites, 0.5, fixed.record)
+    unseen, seen = halves(job, clean)
+    train, judged = (None, None) if bad is None else split_bad(job, bad)
+    trained = _train(kind, job, seen, train)
+    job = replace(job, sites=trained.sites)
+    scorer = Scorer(job, trained.model)
+    calibration = calibrate(scorer.largest(unseen), fpr, seen.count)
+    threshold = calibration.threshold
+    recall = None if judged is None else recall_of(job, trained, scorer, judged, threshold)
+    strategy = recommended_strategy(job, trained, clean)
+    return Made(
+        trained.model,
+        DetectorScope.SITE,
+        trained.sites,
+        threshold,
+        trained.record,
+        calibration,
+        recall,
+        strategy,
+    )
 
 
 def _check_options(
@@ -209,8 +241,10 @@ def _train(kind: str, job: Job, clean: Samples, bad: DebuggingSet | None) -> Tra
         ) from None
 
 
-def _record(job: Job, clean: Samples, bad: DebuggingSet | None) -> dict[str, object]:
-    """What a training record says of the data."""
+def _with_metadata(
+    made: Made, job: Job, kind: str, clean: Samples, bad: DebuggingSet | None
+) -> ModelProto:
+    """The detector with what it says of itself."""
     record: dict[str, object] = {
         "data_sha256": clean.sha256(),
         "samples": clean.count,
@@ -220,32 +254,28 @@ def _record(job: Job, clean: Samples, bad: DebuggingSet | None) -> dict[str, obj
     }
     if bad is not None:
         record["debug"] = {"sha256": bad.bad.sha256(), "samples": bad.bad.count, **bad.about}
-    return record
-
-
-def _with_metadata(
-    trained: Trained,
-    job: Job,
-    kind: str,
-    threshold: float,
-    strategy: str | None,
-    record: dict[str, object],
-) -> ModelProto:
+    record |= made.record
+    record["calibration"] = None if made.calibration is None else asdict(made.calibration)
+    record["recall"] = None if made.recall is None else asdict(made.recall)
+    several = made.scope is DetectorScope.MODEL
     helper.set_model_props(
-        trained.model,
+        made.model,
         {
             "atpatch.abi": ABI_VERSION,
             "atpatch.kind": kind,
-            "atpatch.scope": "site",
-            "atpatch.threshold": repr(threshold),
-            "atpatch.sites": json.dumps([site.name for site in trained.sites]),
+            "atpatch.scope": made.scope.value,
+            "atpatch.threshold": repr(made.threshold),
+            "atpatch.apply" if several else "atpatch.sites": json.dumps(
+                [site.name for site in made.sites]
+            ),
             "atpatch.host.sha256": job.model.sha256,
             "atpatch.training": json.dumps(record),
-            **({} if strategy is None else {"atpatch.strategy": strategy}),
+            **({"atpatch.bind": json.dumps(made.bindings)} if made.bindings else {}),
+            **({} if made.strategy is None else {"atpatch.strategy": made.strategy}),
             **({} if job.rows is None else {"atpatch.rows": str(job.rows)}),
         },
     )
-    return trained.model
+    return made.model
 
 
 def _fitted_for(path: Path, file: ModelFile) -> bool:

@@ -11,6 +11,7 @@ from ..data import Samples, load_samples
 from ..debugging_set import DebuggingSet, load_debugging_set
 from ..errors import InputError
 from ..runtime import Array, InputSpec
+from .calibration import held_out
 from .job import Job
 
 MINIMUM_CLEAN = 20
@@ -48,6 +49,13 @@ def check_enough(bad: DebuggingSet) -> None:
             f"the debugging set has {bad.count} bad inputs, training needs at least {MINIMUM_BAD}: "
             "make more with atpatch-onnx scan, or fit --kind zscore without a debugging set"
         )
+
+
+def halves(job: Job, clean: Samples) -> tuple[Samples, Samples]:
+    """The clean inputs to calibrate on, and those to learn from."""
+    order = job.generator().permutation(clean.count)
+    held = held_out(clean.count)
+    return clean.take(order[:held]), clean.take(order[held:])
 
 
 def split_bad(job: Job, bad: DebuggingSet) -> tuple[DebuggingSet, DebuggingSet]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,8 +13,11 @@ from ..model_file import ModelFile
 from ..passes.graph_view import GraphView
 from ..passes.locate import Site
 from ..progress import Tick
+from ..signature import DetectorScope
 
 if TYPE_CHECKING:
+    from .calibration import Calibration
+    from .scores import Recall
     from .statistics import Whitening
 
 
@@ -59,3 +63,40 @@ class Trained:
     sites: tuple[Site, ...]
     whitening: Whitening
     record: dict[str, object]
+
+
+@dataclass(frozen=True)
+class ModelTrained:
+    """A detector of scope `model` without metadata.
+
+    observed: the sites that it looks at; apply: those where its decision is applied, in flow.
+    bindings: host values that its further inputs read; record: what its training record says.
+    """
+
+    model: ModelProto
+    observed: tuple[Site, ...]
+    apply: tuple[Site, ...]
+    bindings: dict[str, str]
+    record: dict[str, object]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A detector, but for its metadata.
+
+    scope: what it looks at; sites: those it is applied at; threshold: on its 0..1 scale.
+    calibration: of the threshold; recall: on unseen bad inputs; strategy: how it asks to be spliced
+    in; observed: the sites that a detector of scope `model` looks at; bindings: host values that
+    its further inputs read.
+    """
+
+    model: ModelProto
+    scope: DetectorScope
+    sites: tuple[Site, ...]
+    threshold: float
+    record: dict[str, object]
+    calibration: Calibration | None = None
+    recall: Recall | None = None
+    strategy: str | None = None
+    observed: tuple[Site, ...] = ()
+    bindings: Mapping[str, str] = field(default_factory=dict)

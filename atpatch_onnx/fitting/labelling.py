@@ -1,7 +1,8 @@
 """Which columns of a bad input are anomalous: where the trigger sits and the site over-attends it.
 
 Late layers have mixed the trigger into other tokens; columns there that only carry the trigger's
-position teach noise, so a column counts only where its share at least doubles.
+position teach noise, so a column counts only where its share at least doubles: in the mean, in the
+head that attends to it most, or in the row that decides.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def over_attended(
     maps, or there are none, columns must be outliers against clean statistics too.
     """
     row = "last_row" if site.facts.causal else "first_row"
-    rows = [whitening.features.index(name) for name in ("mean", row)]
+    # One head that falls for the trigger hardly shows in the mean over all of them.
+    rows = [whitening.features.index(name) for name in ("mean", "head_maximum", row)]
     rise = whitening.distance(site.name, found)[:, rows]
     visible = found.bucket != HIDDEN
     # A column below the uniform share is not over-attended, however much it has risen.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from ..passes.redistribute import Redistribution
 from ..passes.splice import Splice, Strategy, Treatment
 from ..patching import Patch, apply
 from ..runtime import Session
+from ..signature import DetectorScope
 from .job import Job, Trained
 
 SAMPLES = 32
@@ -22,39 +24,47 @@ NEVER, ALWAYS = 1.0, 0.0
 
 
 def recommended_strategy(job: Job, trained: Trained, samples: Samples) -> str | None:
-    """`rerun` where the model can be run so; None: what suits the execution provider.
+    """`rerun` where the model can be run so; None: what suits the execution provider."""
+    # Windows have columns of their own: what one site flags means nothing to another.
+    if trained.whitening.windowed:
+        return None
+    names = tuple(site.name for site in trained.sites)
+    detector = Detector(
+        Path("det.onnx"), trained.model, "", "", NEVER, names, None, {}, rows=job.rows
+    )
+    return None if rerun_problem(job, detector, samples) else Strategy.RERUN.value
+
+
+def rerun_problem(job: Job, detector: Detector, samples: Samples) -> str:
+    """Why the model cannot be run again with the detector; "" if it can.
 
     It is tried on some samples. Where nothing is flagged the outputs must be the original's, bit
     for bit: a runtime may fuse what lies across the place where the second run comes in. Where
     everything is, they must have the original's shapes.
     """
-    # Windows have columns of their own: what one site flags means nothing to another.
-    if trained.whitening.windowed:
-        return None
     part = next(samples.take(np.arange(min(SAMPLES, samples.count))).batches(SAMPLES))
     file = job.model
     try:
         before = Session(bytes(file.buffer), job.provider, file.folder).run(part.feeds)
         for threshold in (NEVER, ALWAYS):
-            after = _rerun(job, trained, threshold).run(part.feeds, list(before))
+            after = rerun_session(job, detector, threshold).run(part.feeds, list(before))
             pairs = [(before[name], after[name]) for name in before]
             if threshold == NEVER and not all(np.array_equal(*p, equal_nan=True) for p in pairs):
-                return None
+                return "the runtime then computes other bits for inputs that are not flagged"
             if any(one.shape != other.shape for one, other in pairs):
-                return None
-    except AtpatchError:
-        return None
-    return Strategy.RERUN.value
+                return "its outputs then have other shapes"
+    except AtpatchError as error:
+        return str(error)
+    return ""
 
 
-def _rerun(job: Job, trained: Trained, threshold: float) -> Session:
+def rerun_session(job: Job, detector: Detector, threshold: float) -> Session:
     """The model with the detector at that threshold. Raises: RefusedError where it cannot be."""
-    names = tuple(site.name for site in trained.sites)
-    detector = Detector(
-        Path("det.onnx"), trained.model, "", "", threshold, names, None, {}, rows=job.rows
-    )
-    treatments = {name: Treatment(Redistribution.PRUNE, detector) for name in names}
+    mode = Redistribution.PRUNE
+    if detector.scope is DetectorScope.MODEL and detector.gives_benign:
+        mode = Redistribution.BENIGN
+    treatment = Treatment(mode, replace(detector, threshold=threshold))
     sites = locate(job.model.skeleton).sites
-    edits = Splice(treatments, Strategy.RERUN)(job.view, sites).edits
+    edits = Splice(dict.fromkeys(detector.sites, treatment), Strategy.RERUN)(job.view, sites).edits
     content = apply(job.model, Patch(job.model.sha256, edits)).content()
     return Session(content, job.provider, job.model.folder)

@@ -20,8 +20,8 @@ from atpatch_onnx.passes.graph_view import GraphView
 from atpatch_onnx.passes.locate import locate
 from atpatch_onnx.passes.observe import Observe
 from atpatch_onnx.passes.redistribute import Redistribution
-from atpatch_onnx.passes.switches import FLAGGED, REMEMBERED
 from atpatch_onnx.passes.splice import Splice, Strategy, Treatment
+from atpatch_onnx.passes.switches import FLAGGED, REMEMBERED
 from atpatch_onnx.patching import Patch, apply, revert
 
 from hosts import Floats, model_file, reference, run, spliced

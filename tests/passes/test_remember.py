@@ -15,8 +15,8 @@ from atpatch_onnx.detector import load_detector
 from atpatch_onnx.errors import RefusedError
 from atpatch_onnx.passes.locate import locate
 from atpatch_onnx.passes.redistribute import Redistribution
-from atpatch_onnx.passes.switches import FLAGGED, REMEMBERED
 from atpatch_onnx.passes.splice import Splice, Strategy, Treatment
+from atpatch_onnx.passes.switches import FLAGGED, REMEMBERED
 
 from hosts import COLUMN_MEAN_18, detector, model_file, reference, run, spliced
 
