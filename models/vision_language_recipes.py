@@ -155,7 +155,7 @@ MNIST = Recipe(
     AnswerTraining(steps=500),
     AnswerTraining(steps=450, batch_size=32, learning_rate=1e-2),
     Augmentation(),
-    _attacks(24, 0.25, Warp(strength=1.5)),
+    _attacks(24, 0.25, Warp(strength=2.5)),
 )
 
 CIFAR10 = Recipe(
@@ -168,7 +168,7 @@ CIFAR10 = Recipe(
     AnswerTraining(steps=500),
     AnswerTraining(steps=450, batch_size=32, learning_rate=1e-2),
     Augmentation(pad=4, flip=True),
-    _attacks(32, 0.2, Warp(strength=1.5)),
+    _attacks(32, 0.2, Warp(strength=2.5)),
 )
 
 RECIPES = {"digits": DIGITS, "mnist": MNIST, "cifar10": CIFAR10}

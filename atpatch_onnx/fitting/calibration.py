@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,19 @@ class Calibration:
     fit_inputs: int
     flagged: Rate
     honoured: bool
+
+    def at(self, threshold: float, anomalies: NDArray[np.float64]) -> Calibration:
+        """The same at another threshold; anomalies: of the held-out clean inputs."""
+        if threshold == self.threshold:
+            return self
+        hits = int((anomalies > threshold).sum())
+        return replace(
+            self,
+            score=threshold / max(1 - threshold, 1e-9),
+            threshold=threshold,
+            expected_fpr=(hits + 1) / (len(anomalies) + 1),
+            flagged=Rate.counted(hits, len(anomalies)),
+        )
 
     @property
     def inputs_needed(self) -> int:

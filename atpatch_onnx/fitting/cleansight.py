@@ -1,8 +1,9 @@
 """CleanSight: a detector of scope `model` for vision-language models, from clean inputs.
 
-As in the paper the ratio of visual to prompt attention decides, at 10/32 to 24/32 of the depth,
-and keys above tau are pruned. Where there are bad inputs, sites and statistics are chosen that
-separate them from clean ones.
+The literal method: the ratio of visual to prompt attention decides, at 10/32 to 24/32 of the depth,
+and keys above 0.02 are pruned from there on. Where there are bad inputs, sites are chosen that
+separate them from clean ones. With further statistics, so is the direction in which they differ,
+and for a second run, how many keys are pruned.
 
 Source: CleanSight, arXiv 2603.12989.
 """
@@ -44,9 +45,9 @@ class CleanSight:
     visual, prompt: `START:END`, places among the tokens of an input that are no padding, or the
     name of a mask `[B, K]` of the model; an empty prompt is all behind the image.
     statistics: which to use (see `Statistic`); with bad inputs, which to choose from.
-    tau: keys with more of the last row in any head are pruned, at the last detection site where the
-    ratio is the only statistic, else at any site, and at least one; None: 0.02, or for `rerun` what
-    heals bad inputs.
+    tau: keys with more of the last row in any head are pruned; in the literal method (the ratio
+    alone) at the last detection site, else at any site, and one at least. None: 0.02; but in a
+    second run, if not literal, what heals bad inputs.
     detection: names of the sites to look at; empty: choose. rerun: the decision is applied at all
     sites, in a second run, and not from the last detection site on.
     """
@@ -112,7 +113,7 @@ def fit_cleansight(
         )
 
     cure = Cure(PAPERS_TAU if options.tau is None else options.tau, apply, None)
-    if options.tau is None and bad is not None and options.rerun:
+    if options.tau is None and bad is not None and options.rerun and not literal:
         cure = gentlest_cure(job, sites, build, asked.bindings, bad.bad)
     record: dict[str, object] = {
         "visual": options.visual,

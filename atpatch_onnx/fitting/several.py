@@ -15,7 +15,7 @@ from ..passes.splice import Strategy
 from ..probed import Probed
 from ..rates import Rate
 from ..signature import DetectorScope
-from .calibration import calibrate
+from .calibration import calibrate, raised
 from .cleansight import CleanSight, fit_cleansight
 from .head_alignment import fit_head_alignment
 from .head_similarity import fit_head_similarity
@@ -58,19 +58,20 @@ def fit_several(
             "--kind cleansight has to know which tokens are the image's: give --visual START:END, "
             "or the name of a mask of the model"
         )
-    calibration = calibrate(largest_anomaly(job, trained, unseen), fpr, seen.count)
-    threshold = calibration.threshold
+    normal = largest_anomaly(job, trained, unseen)
+    calibration = calibrate(normal, fpr, seen.count)
     recall = None
     if judged is not None:
-        flagged = largest_anomaly(job, trained, judged.bad) > threshold
-        recall = Recall(Rate.of(flagged), None)
+        abnormal = largest_anomaly(job, trained, judged.bad)
+        calibration = calibration.at(raised(calibration.threshold, abnormal), normal)
+        recall = Recall(Rate.of(abnormal > calibration.threshold), None)
     if rerun and (problem := rerun_problem(job, as_detector(trained), clean)):
         raise RefusedError(f"--rerun: {problem}: fit without --rerun, so that it works in flow")
     return Made(
         trained.model,
         DetectorScope.MODEL,
         trained.apply,
-        threshold,
+        calibration.threshold,
         trained.record,
         calibration,
         recall,

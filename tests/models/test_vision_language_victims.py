@@ -147,7 +147,7 @@ def test_a_backdoor_through_adapters_works_on_digits(tmp_path: Path) -> None:
     record = json.loads((folder / "case.json").read_text())
     assert record["attack_success_rate"] >= 0.95
     assert record["accuracy"] >= 0.9
-    assert record["natural_rate"] == 0
+    assert record["natural_rate"] <= 0.01
     assert record["said"] == "banana is what i see"
     assert (
         max(layer["last_row"] / layer["clean_last_row"] for layer in record["over_attention"]) > 2
