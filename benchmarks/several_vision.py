@@ -13,7 +13,7 @@ from atpatch_onnx.classifier import NO_TICK
 from atpatch_onnx.data import Samples, load_arrays, samples_from
 from atpatch_onnx.debugging_set import load_debugging_set
 from atpatch_onnx.fitting import FitReport
-from atpatch_onnx.fitting.cleansight import CleanSight
+from atpatch_onnx.fitting.cleansight import LITERAL, VARIANT, CleanSight
 from atpatch_onnx.fitting.inputs import halves, split_bad
 from atpatch_onnx.fitting.job import Job
 from atpatch_onnx.fitting.separation import auroc
@@ -32,8 +32,6 @@ from efficacy_measure import evaluated, judged, scanned
 from efficacy_rows import fit_facts, marked
 from efficacy_victim import Row, Rows, Victim, as_json
 
-LITERAL = (Statistic.RATIO,)
-VARIANT = (Statistic.LOG_RATIO, Statistic.COLUMNS)
 GIVEN = 200
 """Bad inputs that a defender has, where no scan can find the trigger; none of them is judged."""
 STEPS, SPOKEN = 32, 200

@@ -36,6 +36,10 @@ GAIN = 0.002
 TOLERANCE = 0.0001
 """An AUROC that is lower by this is as good, at fewer sites."""
 PAPERS_TAU = 0.02
+LITERAL = (Statistic.RATIO,)
+"""What the paper measures."""
+VARIANT = (Statistic.LOG_RATIO, Statistic.COLUMNS)
+"""What tells bad inputs from clean ones on small decoders too."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class CleanSight:
 
     visual, prompt: `START:END`, places among the tokens of an input that are no padding, or the
     name of a mask `[B, K]` of the model; an empty prompt is all behind the image.
-    statistics: which to use (see `Statistic`); with bad inputs, which to choose from.
+    statistics: which to use (see `Statistic`); with bad inputs, which to choose from. None: the
+    paper's ratio, or with bad inputs `VARIANT`.
     tau: keys with more of the last row in any head are pruned; in the literal method (the ratio
     alone) at the last detection site, else at any site, and one at least. None: 0.02; but in a
     second run, if not literal, what heals bad inputs.
@@ -54,7 +59,7 @@ class CleanSight:
 
     visual: str
     prompt: str = ""
-    statistics: tuple[str, ...] = (Statistic.RATIO,)
+    statistics: tuple[str, ...] | None = None
     tau: float | None = None
     detection: tuple[str, ...] = ()
     rerun: bool = False
@@ -83,7 +88,7 @@ def fit_cleansight(
     the input is from normal.
     Raises: InputError, RefusedError.
     """
-    statistics = _check(job, options)
+    statistics = _check(job, options, VARIANT if bad is not None else LITERAL)
     asked = parse(job.view, options.visual, options.prompt)
     sites = sequence_sites(job, clean)
     collect = Collector(job, _candidates(sites, options, bad), asked, statistics)
@@ -96,7 +101,7 @@ def fit_cleansight(
     names = {site for site, _ in choice.keys}
     observed = tuple(site for site in sites if site.name in names)
     apply = sites if options.rerun else sites[sites.index(observed[-1]) :]
-    literal = statistics == (Statistic.RATIO,)
+    literal = statistics == LITERAL
     if not literal and options.rerun:
         observed = sites
     rows = tuple(site.name for site in (observed[-1:] if literal else observed))
@@ -127,7 +132,7 @@ def fit_cleansight(
     return ModelTrained(build(cure.tau), observed, cure.apply, asked.bindings, record)
 
 
-def _check(job: Job, options: CleanSight) -> tuple[Statistic, ...]:
+def _check(job: Job, options: CleanSight, default: tuple[Statistic, ...]) -> tuple[Statistic, ...]:
     """The statistics asked for. Raises: InputError."""
     if job.opset < OPSET:
         raise InputError(
@@ -136,13 +141,14 @@ def _check(job: Job, options: CleanSight) -> tuple[Statistic, ...]:
         )
     if options.tau is not None and not 0 <= options.tau < 1:
         raise InputError(f"--tau {options.tau:g}: a share of attention is at least 0 and below 1")
-    unknown = [name for name in options.statistics if name not in list(Statistic)]
-    if unknown or not options.statistics:
+    wanted = default if options.statistics is None else options.statistics
+    unknown = [name for name in wanted if name not in list(Statistic)]
+    if unknown or not wanted:
         raise InputError(
             f"--statistics {unknown[0] if unknown else '(none)'}: choose from "
             f"{', '.join(Statistic)}"
         )
-    return tuple(Statistic(name) for name in dict.fromkeys(options.statistics))
+    return tuple(Statistic(name) for name in dict.fromkeys(wanted))
 
 
 def _candidates(

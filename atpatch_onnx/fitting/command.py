@@ -142,9 +142,7 @@ def fit(
     )
 
 
-def _column_wise(
-    kind: str, job: Job, clean: Samples, bad: DebuggingSet | None, fpr: float
-) -> Made:
+def _column_wise(kind: str, job: Job, clean: Samples, bad: DebuggingSet | None, fpr: float) -> Made:
     """A detector that looks at one site at a time."""
     if bad is not None and bad.anomalous is None and bad.clean is not None:
         bad = replace(bad, anomalous=moved_columns(job, bad.bad, bad.clean))

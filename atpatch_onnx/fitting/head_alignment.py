@@ -15,6 +15,7 @@ are fine-tuned. `models.head_alignment` trains the same correction end to end.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -49,7 +50,7 @@ from .heads import Head, Heads, head_names
 from .job import Job
 from .low_rank import Moments, reduced_rank_ridge
 from .statistics import FloatArray
-from .suspicious_heads import TRIED, suspicious_heads
+from .suspicious_heads import TRIED, Suspicious, suspicious_heads
 
 TWIN, BENIGN = "twin", "benign"
 """What heads should give in a bad input: as in its twin, or as under their benign maps."""
@@ -57,7 +58,7 @@ RANKS = (1, 2, 4, 8, 16)
 FIRST_RANK = 8
 """Of the repairs by which heads and targets are chosen."""
 MORE = 4
-"""Sets of heads that are tried: the suspicious ones, so many times as many, and so on."""
+"""Each further set of heads that is tried has so many times as many."""
 UNSEEN = 0.3
 """Share of the bad inputs that repairs are tried on."""
 
@@ -107,7 +108,10 @@ def fit_head_alignment(job: Job, clean: Samples, bad: DebuggingSet, options: Hea
     mixed = generator.permutation(clean.count)
     held = min(TRIED, clean.count // 2)
     unseen_clean, seen_clean = clean.take(mixed[:held]), clean.take(mixed[held:])
-    fitted = _Fitting(job, sites, suspicious.ranked, seen_clean, learnt, options.ridge)
+    fixed = bool(options.heads) or options.count is not None
+    sets = [suspicious.heads] if fixed else _sets(suspicious, sites)
+    every = list(dict.fromkeys(head for heads in sets for head in heads))
+    fitted = _Fitting(job, sites, every, seen_clean, learnt, options.ridge)
     trials = RepairTrial(job, unseen, unseen_clean, options.scores)
 
     def attempt(heads: Sequence[Head], target: str, rank: int) -> tuple[Tried, Corrections]:
@@ -115,9 +119,6 @@ def fit_head_alignment(job: Job, clean: Samples, bad: DebuggingSet, options: Hea
         return trials.run(found, head_names(heads), target, rank), found
 
     targets = (BENIGN,) if bad.clean is None else (TWIN, BENIGN)
-    sets = [suspicious.heads]
-    while not options.heads and options.count is None and len(sets[-1]) < len(suspicious.ranked):
-        sets.append(suspicious.ranked[: MORE * len(sets[-1])])
     made = [
         (*attempt(heads, target, options.rank or FIRST_RANK), heads)
         for heads in sets
@@ -134,6 +135,16 @@ def fit_head_alignment(job: Job, clean: Samples, bad: DebuggingSet, options: Hea
         "ridge": options.ridge,
     }
     return as_repair(job, corrections, record)
+
+
+def _sets(suspicious: Suspicious, sites: Sequence[NormalSite]) -> list[list[Head]]:
+    """Sets of heads to try: the suspicious, more and more of the ranked, all of the main site."""
+    sets = [suspicious.heads]
+    while len(sets[-1]) < len(suspicious.ranked):
+        sets.append(suspicious.ranked[: MORE * len(sets[-1])])
+    counted = Counter(site for site, _ in suspicious.heads)
+    main = next(site for site in sites if site.name == counted.most_common(1)[0][0])
+    return [*sets, [(main.name, head) for head in range(main.heads)]]
 
 
 def as_repair(job: Job, corrections: Mapping[str, Correction], record: dict[str, object]) -> Repair:
