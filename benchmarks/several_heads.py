@@ -1,8 +1,8 @@
 """The rows of a text or language victim: anomalous heads, detected and redistributed, or repaired.
 
 Backdoored: with the debugging set that the scan made (or, where it found nothing, with some of the
-triggered inputs), in flow and run again; from clean inputs alone; with as many random heads; with
-pairwise similarity in its plainest reading; repaired in closed form. Clean: what is flagged of
+triggered inputs); from clean inputs alone; with as many random heads; with pairwise similarity in its
+plainest reading; repaired in closed form. Clean: what is flagged of
 inputs that are merely unusual (see `controls_text`).
 """
 
@@ -58,7 +58,7 @@ class Headed:
     def measure(self, rows: Rows) -> Row | None:
         """Add every row, in the order of the table; returns what the scan says."""
         if not self.triggered:
-            rows.add("head-similarity, clean inputs alone", lambda: self.controls())
+            rows.add("head-similarity, clean inputs alone", self.controls)
             return None
         scan = scanned(self.victim, self.debug)
         if scan["wanted"] != scan.get("class"):
@@ -66,8 +66,6 @@ class Headed:
             scan["debugging_set"] = f"{GIVEN} of the triggered inputs"
         rows.add("original", lambda: judged(self.victim, self.victim.model))
         rows.add("head-similarity", lambda: self.redistributed("head-similarity", Heads()))
-        again = Heads(rerun=True)
-        rows.add("head-similarity, run again", lambda: self.redistributed("again", again))
         rows.add("clean inputs alone", lambda: self.redistributed("alone", Heads(), debug=False))
         rows.add("mean similarity", lambda: self.redistributed("mean", Heads(similarity="mean")))
         rows.add("random heads", self.random)
