@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +53,36 @@ class Detector:
     rows: int | None = None
     scope: DetectorScope = DetectorScope.SITE
     bindings: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def unsaved(
+        cls,
+        model: ModelProto,
+        sites: Iterable[str] = (),
+        *,
+        threshold: float = 0.5,
+        scope: DetectorScope = DetectorScope.SITE,
+        bindings: Mapping[str, str] | None = None,
+        rows: int | None = None,
+        sha256: str = "",
+    ) -> Detector:
+        """A detector without a file, to be tried before it is written.
+
+        sha256: tells it from others that are put into the same host.
+        """
+        return cls(
+            path=Path("det.onnx"),
+            model=model,
+            sha256=sha256,
+            kind="",
+            threshold=threshold,
+            sites=tuple(sites),
+            host_sha256=None,
+            training={},
+            rows=rows,
+            scope=scope,
+            bindings=bindings or {},
+        )
 
     @property
     def observed(self) -> tuple[str, ...]:

@@ -1,9 +1,9 @@
 """The rows of a text or language victim: anomalous heads, detected and redistributed, or repaired.
 
 Backdoored: with the debugging set that the scan made (or, where it found nothing, with some of the
-triggered inputs); from clean inputs alone; with as many random heads; with pairwise similarity in its
-plainest reading; repaired in closed form. Clean: what is flagged of
-inputs that are merely unusual (see `controls_text`).
+triggered inputs); from clean inputs alone; with as many random heads; with pairwise similarity in
+its plainest reading; repaired in closed form. Clean: what is flagged of inputs that are merely
+unusual (see `several_controls`).
 """
 
 from __future__ import annotations

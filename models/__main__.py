@@ -25,7 +25,7 @@ def make(
     try:
         if listed:
             for case in cases().values():
-                print(f"{case.name:24} {case.kind:8} {', '.join(case.needs) or 'no data needed'}")
+                print(f"{case.name:24} {case.kind:15} {', '.join(case.needs) or 'no data needed'}")
             return
         if not names:
             raise InputError("no case is named: give one or more, --list shows them")

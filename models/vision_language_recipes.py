@@ -181,7 +181,7 @@ CIFAR10 = Recipe(
     6,
     AnswerTraining(steps=3000, learning_rate=2e-3),
     AnswerTraining(steps=500),
-    AnswerTraining(steps=600, batch_size=32, learning_rate=5e-3),
+    AnswerTraining(steps=450, batch_size=32, learning_rate=1e-2),
     Augmentation(pad=4, flip=True),
     _attacks(32, 0.2, Warp(strength=2.5)),
 )

@@ -18,7 +18,7 @@ from .tables import unsqueeze
 Floats = NDArray[np.float32]
 
 MEAN, CLOSEST = "mean", "closest"
-WITHOUT_SINKS = "_without_sinks"
+WITHOUT_SINKS = "-without-sinks"
 SIMILARITIES = (MEAN, CLOSEST, MEAN + WITHOUT_SINKS, CLOSEST + WITHOUT_SINKS)
 """How alike a head is to the others: on average, or to the closest; of whole maps or without the
 columns of attention sinks."""

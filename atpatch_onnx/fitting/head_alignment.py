@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from onnx import ModelProto
@@ -170,18 +169,9 @@ def as_repair(job: Job, corrections: Mapping[str, Correction], record: dict[str,
 
 def repair_detector(repair: Repair) -> Detector:
     """A repair as a detector without a file."""
-    names = tuple(site.name for site in repair.sites)
-    return Detector(
-        Path("repair.onnx"),
-        repair.model,
-        "repair",
-        "head-alignment",
-        0.5,
-        names,
-        None,
-        repair.record,
-        scope=DetectorScope.CONTEXT,
-    )
+    names = (site.name for site in repair.sites)
+    detector = Detector.unsaved(repair.model, names, scope=DetectorScope.CONTEXT)
+    return replace(detector, training=repair.record)
 
 
 def _repairable(job: Job) -> tuple[Site, ...]:

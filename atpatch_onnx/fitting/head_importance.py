@@ -7,7 +7,6 @@ sample which heads are replaced.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +51,7 @@ def _treatment(job: Job, index: int, count: int, site: NormalSite) -> Treatment:
     model = build_replacement(site, index, count, job.opset, job.ir_version)
     # The digest tells the detectors of sites apart.
     sha256, names = f"replacement{index}", (site.name,)
-    detector = Detector(Path("det.onnx"), model, sha256, "", 0.5, names, None, {})
+    detector = Detector.unsaved(model, names, sha256=sha256)
     benign = site.benign is not None
     return Treatment(Redistribution.BENIGN if benign else Redistribution.UNIFORM, detector)
 

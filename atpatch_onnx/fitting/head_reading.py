@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto
 
 from ..data import Samples
 from ..detector import Detector
@@ -34,21 +32,6 @@ SPREAD = 1e-3
 """Least standard deviation of a similarity: a head that never changes is no outlier by noise."""
 SAME_LENGTH = 1e-6
 """Least spread of log lengths from which a slope can be told."""
-
-
-def as_detector(model: ModelProto) -> Detector:
-    """A model of scope `model` as a detector without a file."""
-    return Detector(
-        Path("det.onnx"),
-        model,
-        "",
-        "head-similarity",
-        0.5,
-        (),
-        None,
-        {},
-        scope=DetectorScope.MODEL,
-    )
 
 
 @dataclass(frozen=True)
@@ -94,7 +77,8 @@ class HeadReader:
             )
         self.job, self.sites = job, sites
         model = build_reading(sites, similarity, job.opset, job.ir_version)
-        edits, self._outputs = Observe(as_detector(model))(job.view, job.sites)
+        reading = Detector.unsaved(model, scope=DetectorScope.MODEL)
+        edits, self._outputs = Observe(reading)(job.view, job.sites)
         self._probed = Probed(job.model, edits, job.provider)
 
     @property

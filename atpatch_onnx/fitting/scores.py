@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +26,8 @@ class Scorer:
 
     def __init__(self, job: Job, model: ModelProto) -> None:
         self.job = job
-        names = tuple(site.name for site in job.sites)
-        detector = Detector(Path("det.onnx"), model, "", "", 0.5, names, None, {}, rows=job.rows)
+        names = [site.name for site in job.sites]
+        detector = Detector.unsaved(model, names, rows=job.rows)
         edits, self._outputs = Score(detector)(job.view, job.sites)
         self._probed = Probed(job.model, edits, job.provider)
 

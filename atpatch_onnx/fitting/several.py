@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from ..data import Samples
@@ -24,7 +22,7 @@ from .inputs import halves, split_bad
 from .job import Job, Made, ModelTrained
 from .scores import Recall
 from .statistics import FloatArray
-from .trial import NEVER, rerun_problem
+from .trial import rerun_problem
 
 CLEANSIGHT, SIMILARITY, ALIGNMENT = "cleansight", "head-similarity", "head-alignment"
 SEVERAL = (CLEANSIGHT, SIMILARITY, ALIGNMENT)
@@ -83,15 +81,9 @@ def fit_several(
 
 def as_detector(trained: ModelTrained) -> Detector:
     """What was trained, to be tried."""
-    return Detector(
-        Path("det.onnx"),
+    return Detector.unsaved(
         trained.model,
-        "",
-        "",
-        NEVER,
-        tuple(site.name for site in trained.apply),
-        None,
-        {},
+        (site.name for site in trained.apply),
         scope=DetectorScope.MODEL,
         bindings=trained.bindings,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -28,10 +27,8 @@ def recommended_strategy(job: Job, trained: Trained, samples: Samples) -> str | 
     # Windows have columns of their own: what one site flags means nothing to another.
     if trained.whitening.windowed:
         return None
-    names = tuple(site.name for site in trained.sites)
-    detector = Detector(
-        Path("det.onnx"), trained.model, "", "", NEVER, names, None, {}, rows=job.rows
-    )
+    names = [site.name for site in trained.sites]
+    detector = Detector.unsaved(trained.model, names, rows=job.rows)
     return None if rerun_problem(job, detector, samples) else Strategy.RERUN.value
 
 

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from ..data import Samples
+from ..detector import Detector
 from ..passes.locate import Site
 from ..runtime import Session
+from ..signature import DetectorScope
 from .job import Job
 from .trial import ALWAYS, rerun_session
-from .visual_statistics import as_detector
 
 TAUS = (0.4, 0.2, 0.1, 0.05, 0.02, 0.0)
 """Shares of the last row that are tried."""
@@ -58,7 +59,8 @@ def gentlest_cure(
     cures: list[tuple[float, Cure]] = []
     for begin in sorted({len(sites) * quarter // 4 for quarter in range(4)}):
         for tau, model in detectors.items():
-            detector = as_detector(model, bindings, sites[begin:])
+            names = [site.name for site in sites[begin:]]
+            detector = Detector.unsaved(model, names, scope=DetectorScope.MODEL, bindings=bindings)
             after = _answers(job, rerun_session(job, detector, ALWAYS), some)
             healed = float((after != before).mean())
             cures.append((healed, Cure(tau, sites[begin:], healed)))

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto
 
 from ..data import Samples
 from ..detector import Detector
@@ -23,7 +21,6 @@ from ..runtime import Array
 from ..signature import DetectorScope
 from .job import Job
 from .statistics import SPREAD_FLOOR, FloatArray
-from .trial import NEVER
 from .visual_prompt import Asked, check_parts
 
 Key = tuple[str, Statistic]
@@ -57,7 +54,7 @@ class Collector:
         names = [site.name for site in sites]
         self.keys = [(name, statistic) for name in names for statistic in statistics]
         model = build_statistics(names, asked.parts, statistics, job.opset, job.ir_version)
-        fragment = as_detector(model, asked.bindings)
+        fragment = Detector.unsaved(model, scope=DetectorScope.MODEL, bindings=asked.bindings)
         edits, self._outputs = Observe(fragment)(job.view, sites)
         self._probed = Probed(job.model, edits, job.provider)
 
@@ -94,24 +91,6 @@ class Collector:
             .reshape(len(value), -1, value.shape[1])
             .transpose(0, 2, 1)
         )
-
-
-def as_detector(
-    model: ModelProto, bindings: dict[str, str], apply: Sequence[Site] = ()
-) -> Detector:
-    """A fragment of scope `model`, to be tried."""
-    return Detector(
-        Path("det.onnx"),
-        model,
-        "",
-        "",
-        NEVER,
-        tuple(site.name for site in apply),
-        None,
-        {},
-        scope=DetectorScope.MODEL,
-        bindings=bindings,
-    )
 
 
 def normal(keys: Sequence[Key], clean: Found) -> list[Table]:

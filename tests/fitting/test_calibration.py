@@ -17,7 +17,7 @@ def test_bad_inputs_that_are_farther_raise_the_threshold_halfway_in_odds() -> No
     odds = threshold / (1 - threshold)
     assert odds == pytest.approx(np.sqrt(before.threshold / (1 - before.threshold) * 9), rel=1e-5)
     after = before.at(threshold, CLEAN)
-    assert after.flagged.hits == (CLEAN > threshold).sum() == 0 < before.flagged.hits
+    assert after.flagged.hits == (threshold < CLEAN).sum() == 0 < before.flagged.hits
     assert after.expected_fpr == 1 / 200
     assert after.budget == before.budget
 

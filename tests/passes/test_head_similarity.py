@@ -62,7 +62,7 @@ def maps(side: str, causal: bool, seed: int = 0) -> tuple[NDArray[np.float32], l
 
 def similarity(one: Doubles, kind: str, sinks: NDArray[np.bool_]) -> Doubles:
     """That of each head in a map `[H, Q, K]` without padding; sinks: bool `[K]`."""
-    own = one * ~sinks if kind.endswith("without_sinks") else one
+    own = one * ~sinks if kind.endswith("without-sinks") else one
     flat = own.reshape(len(own), -1)
     flat = flat / np.linalg.norm(flat, axis=1, keepdims=True)
     others = [np.delete(row, head) for head, row in enumerate(flat @ flat.T)]
@@ -122,7 +122,7 @@ def watched(name: str, seed: int, groups: int, **changes: object) -> WatchedSite
 @pytest.mark.parametrize(("side", "causal"), [("right", False), ("left", True)])
 def test_the_decision_is_that_of_the_reference(side: str, causal: bool) -> None:
     """Sums of groups over two sites; one site goes by its own group, one by the highest."""
-    kind = "closest_without_sinks"
+    kind = "closest-without-sinks"
     sites = [watched("a", 1, 2, group=1), watched("b", 2, 2)]
     pairs = {"a": maps(side, causal, 3), "b": maps(side, causal, 4)}
     feeds = {f"attention.{name}": found for name, (found, _) in pairs.items()}
@@ -166,7 +166,7 @@ def test_absolute_positions_have_a_benign_column_or_map(shape: tuple[int, ...]) 
 def test_a_batch_of_mixed_lengths_is_what_single_runs_are() -> None:
     for side, causal in (("right", False), ("left", True)):
         found, tokens = maps(side, causal)
-        model = build_head_similarity([watched("a", 1, 1)], "closest_without_sinks", 17, 8)
+        model = build_head_similarity([watched("a", 1, 1)], "closest-without-sinks", 17, 8)
         together = run_model(model, {"attention.a": found})["anomaly.a"]
         for row, here in enumerate(tokens):
             alone = run_model(model, {"attention.a": found[row : row + 1, :, here, here]})
