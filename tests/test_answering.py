@@ -212,6 +212,44 @@ def test_the_image_may_be_a_mask_of_the_model(folder: Path) -> None:
     np.testing.assert_array_equal(one.logits, other.logits)
 
 
+def test_it_can_be_proved_and_taken_off_again(folder: Path) -> None:
+    detector, _ = fitted(folder, "det.onnx", rerun=True)
+    patched(folder, detector)
+    for name in ("prefill", "decode"):
+        host = folder / (PREFILL if name == "prefill" else DECODE)
+        checks = atpatch_onnx.verify(host, folder / f"{name}.patched.onnx")
+        assert all(check.passed for check in checks), checks
+        original = atpatch_onnx.revert(
+            folder / f"{name}.patched.onnx", output=folder / "original.onnx", force=True
+        )
+        assert original.read_bytes() == host.read_bytes()
+
+
+def test_in_half_precision_what_is_not_flagged_keeps_its_bits(folder: Path) -> None:
+    """Also where a flagged batch is run again, and in the cache."""
+    float16 = pytest.importorskip("onnxruntime.transformers.float16")
+    half = folder / "half"
+    half.mkdir()
+    for name in (PREFILL, DECODE):
+        converted = float16.convert_float_to_float16(onnx.load(folder / name))
+        onnx.save(converted, half / name)
+    feeds, clean = samples(12, 2), samples(80, 1)
+    for arrays in (feeds, clean):
+        arrays["pixels"] = arrays["pixels"].astype(np.float16)
+    np.savez(half / "clean.npz", **clean)
+    detector, _ = fitted(half, "det.onnx", rerun=True)
+    state = patched(half, detector).prefill(feeds)
+    plain = Decoder(half / PREFILL, half / DECODE, threads=1).prefill(feeds)
+    assert state.flagged is not None
+    flagged = state.flagged.any(axis=1)
+    assert 2 <= flagged.sum() <= 10
+    assert state.logits.dtype == np.float16
+    np.testing.assert_array_equal(state.logits[~flagged], plain.logits[~flagged])
+    assert (state.logits[flagged] != plain.logits[flagged]).any()
+    for name, value in state.cache.items():
+        np.testing.assert_array_equal(value[~flagged], plain.cache[name][~flagged])
+
+
 def test_what_is_asked_must_be_there(folder: Path) -> None:
     for visual, words in {
         "1:50": "not within the sequence",
