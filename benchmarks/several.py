@@ -1,6 +1,6 @@
 """Methods that look at several sites, on the victims that they are for.
 
-    python benchmarks/several.py [--cases 'vlm-*,sst2-*,lm-*'] [--seeds 0] [--victims victims]
+    python benchmarks/several.py [--cases 'vlm-mnist-*'] [--seeds 0] [--victims victims]
         [--data ../shared/data] [--work several-work] [--inputs 1000] [--budget 600] [--report]
 
 Vision-language victims: CleanSight as printed (sites at 10/32 to 24/32 of the depth, ratios, in
@@ -41,7 +41,7 @@ from several_heads import Headed
 from several_vision import VisionLanguage
 
 RESULTS = Path(__file__).parent / "results"
-CASES = "vlm-mnist-*,vlm-cifar10-*,sst2-*,lm-sst2-*"
+CASES = "vlm-mnist-*,vlm-cifar10-clean,vlm-cifar10-b*,sst2-*,lm-sst2-*"
 SHOWN = {
     "auroc": "AUROC",
     "accuracy": "accuracy",
