@@ -41,15 +41,14 @@ from ..edits import (
     RenameOutput,
     RewireInput,
 )
-from ..errors import InputError, RefusedError
-from ..signature import DetectorScope
+from ..errors import RefusedError
 from .calls import unfold
+from .decisions import Decisions, is_several
 from .expose import expose, is_reachable
 from .fragment import Constants, Fragment, as_stored, shared_prefix
 from .graph_view import GraphView
 from .inline import Inliner
 from .locate import Site
-from .observe import Observation, observed_sites, place
 from .outcome import Outcome, PassResult, Patched, Skipped
 from .redistribute import Redistribution, redistribute
 from .remember import recall, remember
@@ -129,12 +128,12 @@ class _Splicing:
         self.inliner = Inliner(view, self.constants, options.bindings)
         self.edits: list[Edit] = []
         self.thresholds: set[float] = set()
-        self.observations: dict[str, Observation] = {}
         self.benign: dict[str, str | None] = {}
 
     def run(self, sites: tuple[Site, ...]) -> PassResult:
         """Patch each site that has a treatment."""
-        self.sites = sites
+        rerun = self.options.strategy is Strategy.RERUN
+        self.decisions = Decisions(self.view, self.constants, self.inliner, sites, rerun=rerun)
         if self.options.toggle and self.view.model.ir_version < 4:
             raise RefusedError(
                 "--toggle needs inputs with defaults, which a model of IR version "
@@ -190,8 +189,9 @@ class _Splicing:
             toggle = self.options.toggle
             flagged = static_columns(f, site, treatment.columns, whole or "", by_sample, toggle)
         else:
-            if detector.scope is DetectorScope.MODEL:
-                anomaly, benign = self.decided(site, detector)
+            if is_several(detector):
+                edits, anomaly, benign = self.decisions.at(site, detector)
+                self.edits += edits
             else:
                 seen = sampled(f, floats, rows, whole)
                 narrow = floats.elem_type != TensorProto.FLOAT
@@ -210,14 +210,13 @@ class _Splicing:
             if self.options.toggle:
                 flagged = f.op("And", flagged, ENABLED, name="flagged")
         if self.options.remember:
-            once = detector is not None and detector.scope is DetectorScope.MODEL
-            flagged = recall(f, flagged, once)
+            flagged = recall(f, flagged, once=is_several(detector))
             if self.options.toggle:
                 flagged = f.op("And", flagged, ENABLED, name="flagged_if_enabled")
         if treatment.redistribution is not Redistribution.BENIGN:
             benign = None
         if self.options.strategy is Strategy.RERUN:
-            self.insert(site, [*nodes, *f.nodes()], self.deciding(site, detector))
+            self.insert(site, [*nodes, *f.nodes()], self.decisions.before(site, detector))
             self.benign[site.name] = benign
         else:
             result = self.redistributed(f, floats, treatment, whole, flagged, benign)
@@ -239,44 +238,6 @@ class _Splicing:
             treatment.effective_threshold,
         )
 
-    def decided(self, site: Site, detector: Detector) -> tuple[str, str | None]:
-        """What a detector of scope `model` says of a site: its anomaly and its benign attention.
-
-        Raises: RefusedError where it decides behind the site, which has been left by then.
-        """
-        if detector.sha256 not in self.observations:
-            number = f"-{len(self.observations)}" if self.observations else ""
-            prefix = self.constants.prefix.replace("shared", "model") + number
-            found = place(self.view, self.constants, self.inliner, detector, self.sites, prefix)
-            self.edits += found.edits
-            self.observations[detector.sha256] = found
-        found = self.observations[detector.sha256]
-        if site.path:
-            raise RefusedError(
-                f"the detector {detector.path} looks at several sites at once and cannot be "
-                f"applied at '{site.name}' in {site.scope}: leave it out with --sites"
-            )
-        if site.before < found.last.before and self.options.strategy is not Strategy.RERUN:
-            raise RefusedError(
-                f"the detector {detector.path} is applied at '{site.name}', but decides only at "
-                f"'{found.last.name}', which comes later: choose --strategy rerun, which decides "
-                "first, or leave the site out with --sites"
-            )
-        made = found.outputs
-        anomaly = made.get(f"anomaly.{site.name}", made.get("anomaly"))
-        if anomaly is None:
-            raise InputError(
-                f"the detector {detector.path} names '{site.name}' in atpatch.apply, and has no "
-                f"output anomaly or anomaly.{site.name}: give it one"
-            )
-        return anomaly, made.get(f"benign.{site.name}", made.get("benign"))
-
-    def deciding(self, site: Site, detector: Detector | None) -> int:
-        """The node before which it is known what is flagged at a site."""
-        if detector is None or detector.scope is not DetectorScope.MODEL:
-            return site.before
-        return self.observations[detector.sha256].last.before
-
     def insert(self, site: Site, nodes: Sequence[NodeProto], before: int | None = None) -> None:
         """Add nodes at a site, or before another node."""
         place = site.before if before is None else before
@@ -297,12 +258,13 @@ class _Splicing:
         flagged = {o.site: o.flagged for o in outcomes if isinstance(o, Patched)}
         if not flagged:
             return outcomes
-        detecting, applied = self.looked_at(list(flagged))
+        treatments = self.options.treatments
+        detectors = [treatments[name].detector for name in flagged]
+        detecting, applied = self.decisions.looked_at(list(flagged), detectors)
         plan = plan_rerun(self.view, sites, detecting, applied)
         if isinstance(plan, str):
             raise RefusedError(f"--strategy rerun: {plan}: choose guard or select")
         decision = flagged_anywhere(self.view, self.constants, list(flagged.values()))
-        treatments = self.options.treatments
         mode = next(t.redistribution for t in treatments.values())
         changes = {site.name: Change(decision.columns, None, mode) for site in plan.sites}
         if applied is not None:  # each site by itself: heads differ
@@ -322,22 +284,6 @@ class _Splicing:
             else o
             for o in outcomes
         ]
-
-    def looked_at(self, flagged: Sequence[str]) -> tuple[list[Site], list[str] | None]:
-        """The sites that detectors look at, and those where they change something; None: all.
-
-        Raises: RefusedError where a detector of scope `model` is not the only one.
-        """
-        detectors = [self.options.treatments[name].detector for name in flagged]
-        whole = {d.sha256: d for d in detectors if d and d.scope is DetectorScope.MODEL}
-        if not whole:
-            return [site for site in self.sites if site.name in flagged], None
-        if len(whole) > 1 or len({d.sha256 if d else "" for d in detectors}) > 1:
-            raise RefusedError(
-                "--strategy rerun takes one detector that looks at several sites, and no other "
-                "beside it: patch with one, or choose --strategy guard"
-            )
-        return observed_sites(next(iter(whole.values())), self.sites), list(flagged)
 
     def redistributed(
         self,
