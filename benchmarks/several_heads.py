@@ -9,7 +9,6 @@ unusual (see `several_controls`).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +78,13 @@ class Headed:
         return row | self._separation(fitted) | _chosen(fitted)
 
     def random(self) -> Row:
-        """The same detector, and as many heads at random."""
+        """As many heads at random, at any site, and so in a second run."""
         fitted = self._fit("head-similarity", "head-similarity", Heads(), True)
-        chosen: Any = fitted.record["chosen"]
-        sites = sorted({name.rpartition(":")[0] for name in chosen})
-        heads = {s.name: s.facts.heads for s in self._job().sites}
-        every = [f"{site}:{head}" for site in sites for head in range(heads[site] or 0)]
-        drawn = np.random.default_rng(self.victim.seed).choice(
-            every, min(len(chosen), len(every)), replace=False
-        )
-        return self.redistributed("random", Heads(heads=tuple(map(str, drawn))))
+        chosen: Any = fitted.record["suspicious"]
+        every = [f"{s.name}:{h}" for s in self._job().sites for h in range(s.facts.heads or 0)]
+        rng = np.random.default_rng(self.victim.seed)
+        drawn = rng.choice(every, len(chosen), replace=False)
+        return self.redistributed("random", Heads(heads=tuple(map(str, drawn)), rerun=True))
 
     def aligned(self) -> Row:
         """Correct what the heads give, in every input."""
@@ -155,8 +151,8 @@ class Headed:
 
 
 def _chosen(fitted: FitReport) -> Row:
-    chosen: Any = fitted.record.get("chosen", ())
-    return {"heads": list(chosen)} if isinstance(chosen, Sequence) else {}
+    chosen: Any = fitted.record.get("suspicious", ())
+    return {"heads": list(chosen)}
 
 
 def _part(arrays: Arrays, part: slice) -> Arrays:
