@@ -2,7 +2,7 @@
 
 Late layers have mixed the trigger into other tokens; columns there that only carry the trigger's
 position teach noise, so a column counts only where its share at least doubles: in the mean, in the
-head that attends to it most, or in the row that decides.
+row that decides, or, of a column that is marked, in the head that attends to it most.
 """
 
 from __future__ import annotations
@@ -39,15 +39,18 @@ def over_attended(
     maps, or there are none, columns must be outliers against clean statistics too.
     """
     row = "last_row" if site.facts.causal else "first_row"
-    # One head that falls for the trigger hardly shows in the mean over all of them.
-    rows = [whitening.features.index(name) for name in ("mean", "head_maximum", row)]
+    told = fits(found, marked)
+    # One head that falls for the trigger hardly shows in the mean over all of them; where nothing
+    # says which columns are bad, the most of many heads is too often chance.
+    names = ("mean", "head_maximum", row) if told else ("mean", row)
+    rows = [whitening.features.index(name) for name in names]
     rise = whitening.distance(site.name, found)[:, rows]
     visible = found.bucket != HIDDEN
     # A column below the uniform share is not over-attended, however much it has risen.
     uniform = -0.5 * np.log(np.maximum(visible.sum(axis=1), 1))[:, None, None]
     share = found.features[:, rows]
     risen = (rise >= DOUBLED) & (share >= uniform) & visible[:, None]
-    if fits(found, marked):
+    if told:
         assert marked is not None
         return np.asarray(risen.any(axis=1) & marked)
     outlier = whitening.whitened(site.name, found)[:, rows] >= OUTLIER
