@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -121,7 +122,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         [
             *(sys.executable, "-m", "atpatch_onnx", "serve", str(model), "--port", str(port)),
             *("--patch", str(folder / "first.atpatch"), "--golden", str(folder / "golden.npz")),
-            *("--replicas", "2", "--log", str(folder / "log.jsonl"), "--read-timeout", "2"),
+            *("--replicas", "2", "--log", str(folder / "log.jsonl"), "--read-timeout", "5"),
             *("--max-body", "1", "--max-inputs", "16", "--max-length", "64", "--batch", "8"),
         ],
         stdout=(folder / "out.txt").open("wb"),
@@ -261,13 +262,13 @@ def test_slow_clients_are_told_so_and_keep_nobody_waiting(server: Server) -> Non
         connection = socket.create_connection(("127.0.0.1", server.port), 20)
         connection.sendall(head("Content-Length: 100") + b"{")
         slow.append(connection)
-    started = time.monotonic()
     server.client().infer("host", request_of(inputs()))
-    assert time.monotonic() - started < 2
+    told, _, _ = select.select(slow, [], [], 0)
+    assert not told  # answered while all of them are still waited for
     for connection in slow:
         status, text = read(connection)
         connection.close()
-        assert (status, "within 2 seconds" in text) == (408, True)
+        assert (status, "within 5 seconds" in text) == (408, True)
 
 
 def test_many_connections_in_turn(server: Server, expected: Expected) -> None:
