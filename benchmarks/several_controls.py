@@ -1,4 +1,4 @@
-"""Inputs that are unusual and carry no trigger, for any victim that reads tokens."""
+"""What is fed to victims of `several.py`: parts of data files, and inputs that are only unusual."""
 
 from __future__ import annotations
 
@@ -76,3 +76,8 @@ def _laid_out(rows: list[Ints], *, left: bool) -> Arrays:
         place = slice(width - len(row), width) if left else slice(0, len(row))
         ids[number, place], mask[number, place] = row, 1
     return {IDS: ids, MASK: mask}
+
+
+def some_of(arrays: Arrays, part: slice) -> Arrays:
+    """Some samples of a data file; what is no array of samples stays as it is."""
+    return {name: known[part] if known.ndim else known for name, known in arrays.items()}

@@ -33,7 +33,7 @@ from atpatch_onnx.runtime import Arrays
 from efficacy_measure import evaluated, judged, scanned
 from efficacy_rows import fit_facts
 from efficacy_victim import Row, Rows, Victim, as_json
-from several_controls import unusual
+from several_controls import some_of, unusual
 
 GIVEN = 200
 """Bad inputs that a defender has, where no scan can find the trigger; none of them is judged."""
@@ -50,8 +50,8 @@ class Headed:
         self.triggered: Arrays = {}
         if victim.triggered.exists():
             every = load_arrays(victim.folder / "triggered.npz")
-            self.given = _part(every, slice(GIVEN))
-            self.triggered = _part(every, slice(GIVEN, GIVEN + victim.settings.inputs))
+            self.given = some_of(every, slice(GIVEN))
+            self.triggered = some_of(every, slice(GIVEN, GIVEN + victim.settings.inputs))
         self._fitted: dict[str, FitReport] = {}
 
     def measure(self, rows: Rows) -> Row | None:
@@ -153,7 +153,3 @@ class Headed:
 def _chosen(fitted: FitReport) -> Row:
     chosen: Any = fitted.record.get("suspicious", ())
     return {"heads": list(chosen)}
-
-
-def _part(arrays: Arrays, part: slice) -> Arrays:
-    return {name: known[part] if known.ndim else known for name, known in arrays.items()}

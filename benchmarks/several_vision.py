@@ -31,6 +31,7 @@ from efficacy_ablations import with_marks
 from efficacy_measure import evaluated, judged, scanned
 from efficacy_rows import fit_facts, marked
 from efficacy_victim import Row, Rows, Victim, as_json
+from several_controls import some_of
 
 GIVEN = 200
 """Bad inputs that a defender has, where no scan can find the trigger; none of them is judged."""
@@ -51,8 +52,8 @@ class VisionLanguage:
         self.triggered: Arrays = {}
         if victim.triggered.exists():
             every = load_arrays(victim.folder / "triggered.npz")
-            self.given = _part(every, slice(GIVEN))
-            self.triggered = _part(every, slice(GIVEN, GIVEN + victim.settings.inputs))
+            self.given = some_of(every, slice(GIVEN))
+            self.triggered = some_of(every, slice(GIVEN, GIVEN + victim.settings.inputs))
 
     def measure(self, rows: Rows) -> Row:
         """Add every row, in the order of the table; returns what the scan says."""
@@ -193,7 +194,3 @@ class VisionLanguage:
             ep=self.victim.settings.ep,
         )
         return evaluated(found)
-
-
-def _part(arrays: Arrays, part: slice) -> Arrays:
-    return {name: known[part] if known.ndim else known for name, known in arrays.items()}
