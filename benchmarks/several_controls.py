@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from atpatch_onnx.data import load_arrays
 from atpatch_onnx.runtime import Arrays
 
-from efficacy_victim import Victim
+from efficacy_measure import scanned
+from efficacy_victim import Row, Victim
 
+GIVEN = 200
+"""Bad inputs that a defender has, where no scan can find the trigger; none of them is judged."""
 SUFFIX = 5
 """Random tokens behind a sentence."""
 Ints = NDArray[np.int64]
@@ -81,3 +86,24 @@ def _laid_out(rows: list[Ints], *, left: bool) -> Arrays:
 def some_of(arrays: Arrays, part: slice) -> Arrays:
     """Some samples of a data file; what is no array of samples stays as it is."""
     return {name: known[part] if known.ndim else known for name, known in arrays.items()}
+
+
+def triggered_parts(victim: Victim) -> tuple[Arrays, Arrays]:
+    """Triggered inputs: what a defender may have, and what is judged; none of a clean victim."""
+    if not victim.triggered.exists():
+        return {}, {}
+    every = load_arrays(victim.folder / "triggered.npz")
+    judged = slice(GIVEN, GIVEN + victim.settings.inputs)
+    return some_of(every, slice(GIVEN)), some_of(every, judged)
+
+
+def debugging_set(victim: Victim, output: Path, given: Arrays) -> Row:
+    """Write what the scan makes of the victim, or `given` where that is not the true class.
+
+    Returns what the scan says. Nothing more is written of a clean victim.
+    """
+    scan = scanned(victim, output)
+    if given and scan["wanted"] != scan.get("class"):
+        np.savez(output, allow_pickle=False, **given)
+        scan["debugging_set"] = f"{GIVEN} of the triggered inputs"
+    return scan

@@ -30,13 +30,11 @@ from atpatch_onnx.passes.locate import locate
 from atpatch_onnx.rates import Rate
 from atpatch_onnx.runtime import Arrays
 
-from efficacy_measure import evaluated, judged, scanned
+from efficacy_measure import evaluated, judged
 from efficacy_rows import fit_facts
 from efficacy_victim import Row, Rows, Victim, as_json
-from several_controls import some_of, unusual
+from several_controls import debugging_set, triggered_parts, unusual
 
-GIVEN = 200
-"""Bad inputs that a defender has, where no scan can find the trigger; none of them is judged."""
 BATCH = 32
 
 
@@ -47,11 +45,7 @@ class Headed:
         self.victim = victim
         self.test = load_arrays(victim.test)
         self.debug = victim.work / "debug.npz"
-        self.triggered: Arrays = {}
-        if victim.triggered.exists():
-            every = load_arrays(victim.folder / "triggered.npz")
-            self.given = some_of(every, slice(GIVEN))
-            self.triggered = some_of(every, slice(GIVEN, GIVEN + victim.settings.inputs))
+        self.given, self.triggered = triggered_parts(victim)
         self._fitted: dict[str, FitReport] = {}
 
     def measure(self, rows: Rows) -> Row | None:
@@ -59,10 +53,7 @@ class Headed:
         if not self.triggered:
             rows.add("head-similarity, clean inputs alone", self.controls)
             return None
-        scan = scanned(self.victim, self.debug)
-        if scan["wanted"] != scan.get("class"):
-            np.savez(self.debug, allow_pickle=False, **self.given)
-            scan["debugging_set"] = f"{GIVEN} of the triggered inputs"
+        scan = debugging_set(self.victim, self.debug, self.given)
         rows.add("original", lambda: judged(self.victim, self.victim.model))
         rows.add("head-similarity", lambda: self.redistributed("head-similarity", Heads()))
         rows.add("clean inputs alone", lambda: self.redistributed("alone", Heads(), debug=False))

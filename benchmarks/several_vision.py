@@ -28,13 +28,11 @@ from atpatch_onnx.rates import Rate
 from atpatch_onnx.runtime import Arrays, InputSpec
 
 from efficacy_ablations import with_marks
-from efficacy_measure import evaluated, judged, scanned
+from efficacy_measure import evaluated, judged
 from efficacy_rows import fit_facts, marked
 from efficacy_victim import Row, Rows, Victim, as_json
-from several_controls import some_of
+from several_controls import debugging_set, triggered_parts
 
-GIVEN = 200
-"""Bad inputs that a defender has, where no scan can find the trigger; none of them is judged."""
 STEPS, SPOKEN = 32, 200
 """Tokens that are decoded, and inputs for that."""
 
@@ -49,20 +47,13 @@ class VisionLanguage:
         self.visual = f"{start}:{start + layout['visual_tokens']}"
         self.test = load_arrays(victim.test)
         self.debug = victim.work / "debug.npz"
-        self.triggered: Arrays = {}
-        if victim.triggered.exists():
-            every = load_arrays(victim.folder / "triggered.npz")
-            self.given = some_of(every, slice(GIVEN))
-            self.triggered = some_of(every, slice(GIVEN, GIVEN + victim.settings.inputs))
+        self.given, self.triggered = triggered_parts(victim)
 
     def measure(self, rows: Rows) -> Row:
         """Add every row, in the order of the table; returns what the scan says."""
-        scan = scanned(self.victim, self.debug)
+        scan = debugging_set(self.victim, self.debug, self.given)
         if not self.triggered:
             return scan
-        if scan["wanted"] != scan.get("class"):
-            np.savez(self.debug, allow_pickle=False, **self.given)
-            scan["debugging_set"] = f"{GIVEN} of the triggered inputs"
         rows.add("original", lambda: judged(self.victim, self.victim.model))
         rows.add("cleansight", lambda: self.patched(LITERAL))
         rows.add("cleansight, sites chosen", lambda: self.patched(LITERAL, chosen=True))
