@@ -83,6 +83,11 @@ class Classifier:
         self._warm = False
         self.classes = self._static_classes()
 
+    @property
+    def output(self) -> str | None:
+        """The output that holds the scores; None while neither `output` nor a run has told."""
+        return self._output
+
     def scores(self, samples: Samples, tick: Tick = NO_TICK) -> Floats:
         """The raw scores `[N, C]`. Raises: InputError where there are none, or they are NaN."""
         parts: list[Floats] = []

@@ -17,6 +17,7 @@ from .errors import InputError, RefusedError, first_line
 from .external_data import check_layout, external_tensors
 from .model_file import ModelFile
 from .passes.protos import subgraphs
+from .second_run import SecondRun
 from .signature import OBSERVED, DetectorScope, check_signature, inputs_of
 
 ABI_VERSION = "1"
@@ -39,6 +40,7 @@ class Detector:
     training: its training record, as the fitter wrote it.
     scope: what it looks at.
     bindings: host values that its further inputs read unless somebody says otherwise.
+    second_run: what strategy `rerun` has to know; None: nothing.
     """
 
     path: Path
@@ -53,6 +55,7 @@ class Detector:
     rows: int | None = None
     scope: DetectorScope = DetectorScope.SITE
     bindings: Mapping[str, str] = field(default_factory=dict)
+    second_run: SecondRun | None = None
 
     @classmethod
     def unsaved(
@@ -65,6 +68,7 @@ class Detector:
         bindings: Mapping[str, str] | None = None,
         rows: int | None = None,
         sha256: str = "",
+        second_run: SecondRun | None = None,
     ) -> Detector:
         """A detector without a file, to be tried before it is written.
 
@@ -82,6 +86,7 @@ class Detector:
             rows=rows,
             scope=scope,
             bindings=bindings or {},
+            second_run=second_run,
         )
 
     @property
@@ -149,6 +154,7 @@ def load_detector(path: str | Path, opset: int, threshold: float | None = None) 
         bindings = json.loads(metadata.get("atpatch.bind", "{}"))
         training = json.loads(metadata.get("atpatch.training", "{}"))
         rows = int(metadata["atpatch.rows"]) if "atpatch.rows" in metadata else None
+        second = SecondRun.loads(metadata["atpatch.rerun"]) if "atpatch.rerun" in metadata else None
         if not isinstance(sites, list) or not all(isinstance(site, str) for site in sites):
             raise ValueError(f"{names} is no list of names")
         if not isinstance(bindings, dict) or not all(isinstance(v, str) for v in bindings.values()):
@@ -159,7 +165,7 @@ def load_detector(path: str | Path, opset: int, threshold: float | None = None) 
         raise InputError(
             f"the metadata of the detector {file.path} cannot be read ({error}): "
             "atpatch.threshold and atpatch.rows are numbers, atpatch.sites, atpatch.apply, "
-            "atpatch.bind and atpatch.training are JSON"
+            "atpatch.bind, atpatch.rerun and atpatch.training are JSON"
         ) from None
     return Detector(
         path=file.path,
@@ -175,7 +181,14 @@ def load_detector(path: str | Path, opset: int, threshold: float | None = None) 
         rows=rows,
         scope=scope,
         bindings=bindings,
+        second_run=second.at(value) if second is not None and threshold is not None else second,
     )
+
+
+def second_run_of(detectors: Iterable[Detector | None]) -> SecondRun | None:
+    """What they all ask of a second run; None where they do not agree."""
+    asked = {None if detector is None else detector.second_run for detector in detectors}
+    return asked.pop() if len(asked) == 1 else None
 
 
 def check_threshold(value: float, where: str) -> None:

@@ -68,13 +68,20 @@ def write_plan(
             table.add("redistribute", treatment.redistribution.value)
             if treatment.columns:
                 table.add("columns", list(treatment.columns))
-            elif treatment.effective_threshold is not None:
-                table.add("threshold", treatment.effective_threshold)
+            elif (threshold := _threshold(treatment)) is not None:
+                table.add("threshold", threshold)
         listed.append(table)
     document.add("site", listed)
     for other in sites.refused:
         document.add(tomlkit.comment(f"refused: {other.op} '{other.node}': {other.reason}"))
     return tomlkit.dumps(document)
+
+
+def _threshold(treatment: Treatment) -> float | None:
+    """What a plan says of it: a detector that has two keeps them, whatever the strategy."""
+    asked = None if treatment.detector is None else treatment.detector.second_run
+    both = asked is not None and asked.answer is not None
+    return treatment.threshold if both else treatment.effective_threshold
 
 
 def _described(site: Site) -> str:

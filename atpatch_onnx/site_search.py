@@ -76,7 +76,7 @@ def search_sites(
     if bad.count > MOST_INPUTS:
         chosen = np.random.default_rng(0).permutation(bad.count)[:MOST_INPUTS]
         bad = bad.take(np.sort(chosen))
-    badness, measure = _badness(bad, Classifier(original, provider))
+    badness, measure = badness_on(bad, Classifier(original, provider))
     search = SiteSearch(measure, bad.count, badness(Classifier(original, provider)))
     known: dict[tuple[str, ...], float] = {}
 
@@ -100,8 +100,10 @@ def search_sites(
     return search
 
 
-def _badness(bad: DebuggingSet, original: Classifier) -> tuple[Callable[[Classifier], float], str]:
-    """How bad a model is on the debugging set, 0..1, and what that means."""
+def badness_on(
+    bad: DebuggingSet, original: Classifier
+) -> tuple[Callable[[Classifier], float], str]:
+    """How bad a model is on the debugging set, 0..1, and what that means. Raises: RefusedError."""
     if bad.about.get("kind") == "protected" and bad.clean is not None:
         twins = bad.clean
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
+from .detector import second_run_of
 from .errors import InputError
 from .passes.graph_view import GraphView
 from .passes.locate import Sites
@@ -13,6 +14,7 @@ from .passes.observe import observed_sites
 from .passes.redistribute import Redistribution
 from .passes.rerun import Plan, plan_rerun
 from .passes.splice import Strategy, Treatment
+from .second_run import SecondRun
 from .signature import DetectorScope
 
 
@@ -43,10 +45,13 @@ def choose_strategy(
             if t.detector.layer_of(site.name, site.index) is not None
         ]
         whole = [d for d in detectors if d is not None and d.scope is DetectorScope.MODEL]
-        applied = [site.name for site in detecting] if whole else None
+        second = second_run_of(detectors) or SecondRun()
+        applied = list(second.sites) or None
         if whole:
+            applied = [site.name for site in detecting]
             detecting = observed_sites(whole[0], found.sites)
-        if isinstance(plan_rerun(view, found.sites, detecting, applied), Plan):
+        output = None if second.answer is None else second.answer.output
+        if isinstance(plan_rerun(view, found.sites, detecting, applied, output), Plan):
             return Strategy.RERUN
     return Strategy.SELECT if provider == "cuda" else Strategy.GUARD
 

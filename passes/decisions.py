@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ..detector import Detector
+from ..detector import Detector, second_run_of
 from ..edits import Edit
 from ..errors import InputError, RefusedError
 from ..signature import DetectorScope
@@ -86,10 +86,13 @@ class Decisions:
         flagged: the sites that are patched, with their detectors.
         Raises: RefusedError where a detector of several sites is not the only one.
         """
+        detectors = list(detectors)
         known = {d.sha256 if d else "": d for d in detectors}
         several = [d for d in known.values() if d is not None and is_several(d)]
         if not several:
-            return [site for site in self.sites if site.name in flagged], None
+            asked = second_run_of(detectors)
+            applied = list(asked.sites) if asked is not None and asked.sites else None
+            return [site for site in self.sites if site.name in flagged], applied
         if len(known) > 1:
             raise RefusedError(
                 "--strategy rerun takes one detector that looks at several sites, and no other "

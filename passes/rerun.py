@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from onnx import GraphProto, NodeProto, TensorProto, helper
 
 from ..edits import AddNode, Edit, RenameOutput, RewireInput
+from ..second_run import Answer
 from .fragment import Constants, Fragment
 from .graph_view import Dim, GraphView, Use
 from .locate import Site
@@ -35,6 +36,7 @@ AGAIN = f"{PREFIX}/again"
 """Before the names of copied nodes and of what they make."""
 
 
+ANSWERED = f"{PREFIX}/answered"
 FIRST = f"{PREFIX}/first"
 """Before the names that outputs get as the first run made them."""
 
@@ -78,10 +80,12 @@ def plan_rerun(
     sites: Sequence[Site],
     detecting: Sequence[Site],
     applied: Collection[str] | None = None,
+    answer: str | None = None,
 ) -> Plan | str:
     """What to run again if a site of `detecting` flags something; or why it cannot be done.
 
     applied: the names of the sites where columns may be changed; None: all over the same keys.
+    answer: an output of the first run on which it depends whether anything is flagged.
     """
     if any(site.path for site in detecting):
         return "a site with a detector lies inside a branch, a loop or a function"
@@ -100,7 +104,10 @@ def plan_rerun(
     ends, earlier = _ends(view, changed)
     before = min((use.node for uses in ends.values() for use in uses), default=-1)
     decided = max(site.before for site in detecting)
-    if before < max([decided, *(view.producers[name] + 1 for name in earlier)]):
+    if answer is not None and answer not in view.outputs & changed:
+        return f"'{answer}', on which it would depend, is no output that the sites change"
+    made = [view.producers[name] + 1 for name in earlier]
+    if answer is not None or before < max([decided, *made]):
         ends, before = {}, len(view.nodes)
         earlier = tuple(sorted(view.outputs & changed, key=lambda name: view.producers[name]))
     problem = next((p for v in (*ends, *earlier) if (p := _unfit(view, v, changed_sites))), None)
@@ -141,6 +148,17 @@ def _ends(view: GraphView, changed: set[str]) -> tuple[dict[str, tuple[Use, ...]
             ends.setdefault(name, []).append(use)
     known = {name: tuple(dict.fromkeys(uses)) for name, uses in ends.items()}
     return known, tuple(earlier)
+
+
+def answered(view: GraphView, constants: Constants, answer: Answer) -> list[NodeProto]:
+    """The nodes that make `ANSWERED`, bool `[B, 1, 1, 1]`: which samples are answered so."""
+    f = Fragment(PREFIX, view.opset, constants)
+    # ONNX Runtime has no ArgMax of 16 bits on CPU.
+    scores = f.cast(answer.output, TensorProto.FLOAT, "scores")
+    number = f.op("ArgMax", scores, name="class", axis=1, keepdims=0)
+    same = f.op("Equal", number, f.ints(answer.number), name="is_class")
+    f.op("Reshape", same, f.ints(-1, 1, 1, 1), name=ANSWERED.removeprefix(f"{PREFIX}/"))
+    return f.nodes()
 
 
 def flagged_anywhere(view: GraphView, constants: Constants, flagged: Sequence[str]) -> _Decision:

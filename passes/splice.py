@@ -15,8 +15,9 @@ and the output of flagged samples is made from redistributed ones. Strategy `gua
 the `If` too, and `rows` lets the detector see a few query rows, so that only these are computed.
 Inserted nodes make the operator's output under its old name (one renamed output).
 
-Strategy `rerun` leaves P V alone: see its module. A detector of scope `model` is placed once
-(`observe`), and what it flags is redistributed at the sites where it is applied.
+Strategy `rerun` leaves P V alone: see its module. It knows what the first run answers: where the
+detector says what an attacker wants answered, nothing else is flagged. A detector of scope `model` is
+placed once (`observe`), and what it flags is redistributed at the sites where it is applied.
 
 Where nothing is flagged in a sample its probabilities, or the output of its fused operator, pass
 bit for bit, by selection.
@@ -24,14 +25,14 @@ bit for bit, by selection.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
-from ..detector import Detector
+from ..detector import Detector, second_run_of
 from ..edits import (
     AddInitializer,
     AddInput,
@@ -42,6 +43,7 @@ from ..edits import (
     RewireInput,
 )
 from ..errors import RefusedError
+from ..second_run import Answer
 from .calls import unfold
 from .decisions import Decisions, is_several
 from .expose import expose, is_reachable
@@ -52,7 +54,15 @@ from .locate import Site
 from .outcome import Outcome, PassResult, Patched, Skipped
 from .redistribute import Redistribution, redistribute
 from .remember import recall, remember
-from .rerun import Change, add_rerun, flagged_anywhere, plan_rerun, reading
+from .rerun import (
+    ANSWERED,
+    Change,
+    add_rerun,
+    answered,
+    flagged_anywhere,
+    plan_rerun,
+    reading,
+)
 from .static_columns import static_columns
 from .switches import ENABLED, THRESHOLD
 from .unmoved import unmoved
@@ -129,6 +139,9 @@ class _Splicing:
         self.edits: list[Edit] = []
         self.thresholds: set[float] = set()
         self.benign: dict[str, str | None] = {}
+        self.late: list[NodeProto] = []
+        treated = options.treatments.values()
+        self.answer = None if options.remember else _answer(options.strategy, treated)
 
     def run(self, sites: tuple[Site, ...]) -> PassResult:
         """Patch each site that has a treatment."""
@@ -143,9 +156,9 @@ class _Splicing:
         chosen = {site.name: self.options.treatments.get(site.name) for site in sites}
         reasons = {site.name: _skip(site, chosen[site.name]) for site in sites}
         self.thresholds = {
-            t.effective_threshold
+            value
             for name, t in chosen.items()
-            if t is not None and t.effective_threshold is not None and not reasons[name]
+            if t is not None and (value := self.value(t)) is not None and not reasons[name]
         }
         outcomes: list[Outcome] = []
         for site in sites:
@@ -205,10 +218,11 @@ class _Splicing:
                 )
                 nodes += copied
             threshold = self.threshold(f, site, treatment)
-            above = "above" if self.options.toggle else "flagged"
+            last = "flagged" if self.answer is None else "suspicious"
+            above = "above" if self.options.toggle else last
             flagged = f.op("Greater", anomaly, threshold, name=above)
             if self.options.toggle:
-                flagged = f.op("And", flagged, ENABLED, name="flagged")
+                flagged = f.op("And", flagged, ENABLED, name=last)
         if self.options.remember:
             flagged = recall(f, flagged, once=is_several(detector))
             if self.options.toggle:
@@ -217,6 +231,10 @@ class _Splicing:
             benign = None
         if self.options.strategy is Strategy.RERUN:
             self.insert(site, [*nodes, *f.nodes()], self.decisions.before(site, detector))
+            if self.answer is not None:  # which is known at the end of the first run
+                suspicious, flagged = flagged, f"{prefix}/flagged"
+                both = [suspicious, ANSWERED]
+                self.late.append(helper.make_node("And", both, [flagged], flagged))
             self.benign[site.name] = benign
         else:
             result = self.redistributed(f, floats, treatment, whole, flagged, benign)
@@ -235,7 +253,7 @@ class _Splicing:
             flagged,
             treatment.redistribution.value,
             self.strategy(site).value,
-            treatment.effective_threshold,
+            self.value(treatment),
         )
 
     def insert(self, site: Site, nodes: Sequence[NodeProto], before: int | None = None) -> None:
@@ -261,13 +279,18 @@ class _Splicing:
         treatments = self.options.treatments
         detectors = [treatments[name].detector for name in flagged]
         detecting, applied = self.decisions.looked_at(list(flagged), detectors)
-        plan = plan_rerun(self.view, sites, detecting, applied)
+        answer = self.answer
+        read = None if answer is None else answer.output
+        plan = plan_rerun(self.view, sites, detecting, applied, read)
         if isinstance(plan, str):
             raise RefusedError(f"--strategy rerun: {plan}: choose guard or select")
+        if answer is not None:
+            nodes = [*answered(self.view, self.constants, answer), *self.late]
+            self.edits += [AddNode(plan.before, node) for node in nodes]
         decision = flagged_anywhere(self.view, self.constants, list(flagged.values()))
         mode = next(t.redistribution for t in treatments.values())
         changes = {site.name: Change(decision.columns, None, mode) for site in plan.sites}
-        if applied is not None:  # each site by itself: heads differ
+        if any(map(is_several, detectors)):  # each site by itself: heads differ
             changes = {
                 name: Change(flagged[name], self.benign[name], treatments[name].redistribution)
                 for name in changes
@@ -340,9 +363,17 @@ class _Splicing:
         narrow = site.opening is not None and site.elem_type in NARROW
         return Strategy.SELECT if narrow else self.options.strategy
 
+    def value(self, treatment: Treatment) -> float | None:
+        """The threshold in force: what is answered is not known in flow."""
+        detector, value = treatment.detector, treatment.effective_threshold
+        if detector is None or treatment.threshold is not None or self.answer is not None:
+            return value
+        asked = detector.second_run
+        return value if asked is None or asked.answer is None else asked.answer.otherwise
+
     def threshold(self, f: Fragment, site: Site, treatment: Treatment) -> str:
         """The site's threshold: a constant, or an overridable input under `toggle`."""
-        value = treatment.effective_threshold
+        value = self.value(treatment)
         assert value is not None
         if not self.options.toggle:
             return f.constants.add(f"threshold({value:.9g})", np.array(value, np.float32))
@@ -353,6 +384,12 @@ class _Splicing:
                 AddInput(helper.make_tensor_value_info(name, TensorProto.FLOAT, [])),
             ]
         return name
+
+
+def _answer(strategy: Strategy, treatments: Iterable[Treatment]) -> Answer | None:
+    """The answer that inputs must have to be flagged; None: whatever it is."""
+    asked = second_run_of(treatment.detector for treatment in treatments)
+    return asked.answer if asked is not None and strategy is Strategy.RERUN else None
 
 
 def _fused(site: Site) -> str:

@@ -152,6 +152,14 @@ def fit(
         str | None, typer.Option(help="head-...: how it is told that heads are alike.")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="head-alignment: of the repair.")] = None,
+    every_answer: Annotated[
+        bool,
+        typer.Option(
+            "--every-answer",
+            help="Flag inputs whatever is answered, not only what the debugging set says is "
+            "attacked.",
+        ),
+    ] = False,
     rerun: Annotated[
         bool,
         typer.Option("--rerun", help="cleansight, head-similarity: decide first, then run again."),
@@ -192,6 +200,7 @@ def fit(
             benign=benign,
             sites=words(sites),
             rows=rows,
+            every_answer=every_answer,
             seed=seed,
             batch=batch,
             ep=ep,

@@ -26,8 +26,9 @@ from ..plan import choose_sites
 from ..progress import SILENT, Progress
 from ..runtime import Array, Session, choose_provider
 from ..signature import DetectorScope
+from .acting import Held, acting, better
 from .benign import KINDS as BENIGN
-from .calibration import Calibration, calibrate
+from .calibration import Calibration
 from .cleansight import CleanSight
 from .contrastive import fit_contrastive
 from .fixed_columns import fit_columns
@@ -36,9 +37,8 @@ from .inputs import bad_inputs, check_enough, clean_inputs, halves, is_fairness,
 from .job import Job, Made, Trained
 from .labelling import moved_columns
 from .map_cnn import fit_map_cnn
-from .scores import Recall, Scorer, recall_of
+from .scores import Recall
 from .several import SEVERAL, fit_several
-from .trial import recommended_strategy
 from .zscore import fit_zscore
 
 KINDS = ("zscore", "contrastive", "map-cnn", "columns", *SEVERAL)
@@ -82,6 +82,7 @@ def fit(
     benign: str = "column",
     sites: Sequence[str] = (),
     rows: int | None = None,
+    every_answer: bool = False,
     seed: int = 0,
     batch: int = 32,
     ep: str | None = None,
@@ -103,6 +104,9 @@ def fit(
         `map`, or the `uniform` share.
     rows: look at that many query rows of a map, evenly spread; 0: at all. By default at all, and at
         16 beside fused operators, where a patch computes what is looked at for every input.
+    every_answer: flag inputs whatever they are answered. By default a detector that is to be run
+        with strategy `rerun`, and whose debugging set says which class the attacker wants, flags
+        only inputs that the first run sends there.
     seed: which inputs are held out, and of the training; batch: inputs a run; ep: execution
         provider, cuda or cpu.
     Raises: InputError, RefusedError. Nothing is written then.
@@ -123,6 +127,11 @@ def fit(
     clean = clean_inputs(data, inputs)
     bad = None if debug is None else bad_inputs(debug, inputs)
     kind = kind or _default_kind(bad)
+    if every_answer and kind not in TRAINED:
+        raise InputError(
+            f"--every-answer is about detectors that are trained to stop one attack, not about "
+            f"--kind {kind}: leave it out"
+        )
     if bad is not None and kind in TRAINED:
         check_enough(bad)
     runs = RUNS[kind] * clean.count + (0 if bad is None else 5 * bad.bad.count)
@@ -133,7 +142,7 @@ def fit(
     if kind in SEVERAL:
         made = fit_several(kind, job, clean, bad, fpr, options)
     else:
-        made = _column_wise(kind, job, clean, bad, fpr)
+        made = _column_wise(kind, job, clean, bad, fpr, every_answer)
     write_file(target, _with_metadata(made, job, kind, clean, bad).SerializeToString())
     names = tuple(site.name for site in made.sites)
     observed = tuple(site.name for site in made.observed)
@@ -142,7 +151,14 @@ def fit(
     )
 
 
-def _column_wise(kind: str, job: Job, clean: Samples, bad: DebuggingSet | None, fpr: float) -> Made:
+def _column_wise(
+    kind: str,
+    job: Job,
+    clean: Samples,
+    bad: DebuggingSet | None,
+    fpr: float,
+    every_answer: bool,
+) -> Made:
     """A detector that looks at one site at a time."""
     if bad is not None and bad.anomalous is None and bad.clean is not None:
         bad = replace(bad, anomalous=moved_columns(job, bad.bad, bad.clean))
@@ -152,23 +168,18 @@ def _column_wise(kind: str, job: Job, clean: Samples, bad: DebuggingSet | None, 
         return Made(fixed.model, DetectorScope.SITE, fixed.sites, 0.5, fixed.record)
     unseen, seen = halves(job, clean)
     train, judged = (None, None) if bad is None else split_bad(job, bad)
+    target = None if bad is None or every_answer else bad.target
+    held = Held(unseen, judged, seen.count, target)
     trained = _train(kind, job, seen, train)
-    job = replace(job, sites=trained.sites)
-    scorer = Scorer(job, trained.model)
-    calibration = calibrate(scorer.largest(unseen), fpr, seen.count)
-    threshold = calibration.threshold
-    recall = None if judged is None else recall_of(job, trained, scorer, judged, threshold)
-    strategy = recommended_strategy(job, trained, clean)
-    return Made(
-        trained.model,
-        DetectorScope.SITE,
-        trained.sites,
-        threshold,
-        trained.record,
-        calibration,
-        recall,
-        strategy,
-    )
+    windows = trained.whitening.windows
+    made = acting(job, trained, windows, held, fpr)
+    whole = tuple(site for site in job.sites if windows[site.name] == 1)
+    if train is None or not 0 < len(whole) < len(job.sites):
+        return made
+    # Sites of one window a sample see the same tokens, so that a second run can prune all of them.
+    alone = replace(job, sites=whole)
+    trained = _train(kind, alone, seen, train)
+    return better(job, made, acting(alone, trained, windows, held, fpr), held)
 
 
 def _check_options(
@@ -271,6 +282,7 @@ def _with_metadata(
             **({"atpatch.bind": json.dumps(made.bindings)} if made.bindings else {}),
             **({} if made.strategy is None else {"atpatch.strategy": made.strategy}),
             **({} if job.rows is None else {"atpatch.rows": str(job.rows)}),
+            **({} if made.second_run is None else {"atpatch.rerun": made.second_run.dumps()}),
         },
     )
     return made.model

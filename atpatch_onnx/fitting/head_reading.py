@@ -170,7 +170,8 @@ def _benign(
     nothing = {name: np.zeros((0, value.shape[1])) for name, value in columns.items()}
     heads = {name: site.heads for name, site in known.items()}
     keys = {name: site.keys for name, site in known.items()}
-    whitening = Whitening((), nothing, nothing, dict(columns), heads, keys, buckets, False)
+    windows = dict.fromkeys(heads, 1)
+    whitening = Whitening((), nothing, nothing, dict(columns), heads, keys, buckets, windows)
     table = tables_with_benign(job, whitening, clean).benign
     if table is None:
         return {}

@@ -13,6 +13,7 @@ from ..model_file import ModelFile
 from ..passes.graph_view import GraphView
 from ..passes.locate import Site
 from ..progress import Tick
+from ..second_run import SecondRun
 from ..signature import DetectorScope
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class Made:
     """A detector, but for its metadata.
 
     scope: what it looks at; sites: those it is applied at; threshold: on its 0..1 scale.
+    second_run: what strategy `rerun` has to know.
     calibration: of the threshold; recall: on unseen bad inputs; strategy: how it asks to be spliced
     in; observed: the sites that a detector of scope `model` looks at; bindings: host values that
     its further inputs read.
@@ -100,3 +102,4 @@ class Made:
     strategy: str | None = None
     observed: tuple[Site, ...] = ()
     bindings: Mapping[str, str] = field(default_factory=dict)
+    second_run: SecondRun | None = None

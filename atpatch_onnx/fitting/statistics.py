@@ -187,8 +187,8 @@ class Whitening:
 
     spread: the distance from the mean that one clean input in a hundred reaches in any column.
 
-    buckets: whether the positions P are buckets; heads, keys: of each site; windowed: whether a
-        sample has several maps.
+    buckets: whether the positions P are buckets; heads, keys: of each site; windows: how many maps
+        a sample has there.
     """
 
     features: tuple[str, ...]
@@ -198,7 +198,7 @@ class Whitening:
     heads: dict[str, int]
     keys: dict[str, int]
     buckets: bool
-    windowed: bool
+    windows: dict[str, int]
 
     @property
     def positions(self) -> str:
@@ -267,10 +267,10 @@ def standardised(reader: FeatureReader, samples: Samples) -> Whitening:
     """What is normal, with standard deviations as spreads."""
     names = reader.features
     known: dict[str, SiteStatistics] = {}
-    windowed = False
+    windows: dict[str, int] = {}
     for values in reader.over(samples):
         for site, found in values.items():
-            windowed |= found.windows > 1
+            windows[site] = found.windows
             if site not in known:
                 known[site] = SiteStatistics.empty(len(names), *found.columns.shape[1:])
             known[site].add(found)
@@ -285,7 +285,7 @@ def standardised(reader: FeatureReader, samples: Samples) -> Whitening:
         {name: site.heads for name, site in known.items()},
         {name: site.keys for name, site in known.items()},
         buckets,
-        windowed,
+        windows,
     )
 
 

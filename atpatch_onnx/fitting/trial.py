@@ -9,27 +9,18 @@ import numpy as np
 from ..data import Samples
 from ..detector import Detector
 from ..errors import AtpatchError
+from ..model_file import ModelFile
 from ..passes.locate import locate
 from ..passes.redistribute import Redistribution
 from ..passes.splice import Splice, Strategy, Treatment
 from ..patching import Patch, apply
 from ..runtime import Session
 from ..signature import DetectorScope
-from .job import Job, Trained
+from .job import Job
 
 SAMPLES = 32
 NEVER, ALWAYS = 1.0, 0.0
 """Thresholds that no anomaly is above, and that some columns of every input are above."""
-
-
-def recommended_strategy(job: Job, trained: Trained, samples: Samples) -> str | None:
-    """`rerun` where the model can be run so; None: what suits the execution provider."""
-    # Windows have columns of their own: what one site flags means nothing to another.
-    if trained.whitening.windowed:
-        return None
-    names = [site.name for site in trained.sites]
-    detector = Detector.unsaved(trained.model, names, rows=job.rows)
-    return None if rerun_problem(job, detector, samples) else Strategy.RERUN.value
 
 
 def rerun_problem(job: Job, detector: Detector, samples: Samples) -> str:
@@ -60,8 +51,13 @@ def rerun_session(job: Job, detector: Detector, threshold: float) -> Session:
     mode = Redistribution.PRUNE
     if detector.scope is DetectorScope.MODEL and detector.gives_benign:
         mode = Redistribution.BENIGN
-    treatment = Treatment(mode, replace(detector, threshold=threshold))
-    sites = locate(job.model.skeleton).sites
-    edits = Splice(dict.fromkeys(detector.sites, treatment), Strategy.RERUN)(job.view, sites).edits
+    patched = spliced(job, replace(detector, threshold=threshold), mode, Strategy.RERUN)
+    return Session(bytes(patched.buffer), job.provider, patched.folder)
+
+
+def spliced(job: Job, detector: Detector, mode: Redistribution, strategy: Strategy) -> ModelFile:
+    """The model with the detector at its sites. Raises: RefusedError where it cannot be."""
+    treatments = dict.fromkeys(detector.sites, Treatment(mode, detector))
+    edits = Splice(treatments, strategy)(job.view, locate(job.model.skeleton).sites).edits
     content = apply(job.model, Patch(job.model.sha256, edits)).content()
-    return Session(content, job.provider, job.model.folder)
+    return ModelFile.from_bytes(content, job.model.path)
