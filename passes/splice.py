@@ -16,8 +16,8 @@ the `If` too, and `rows` lets the detector see a few query rows, so that only th
 Inserted nodes make the operator's output under its old name (one renamed output).
 
 Strategy `rerun` leaves P V alone: see its module. It knows what the first run answers: where the
-detector says what an attacker wants answered, nothing else is flagged. A detector of scope `model` is
-placed once (`observe`), and what it flags is redistributed at the sites where it is applied.
+detector says what an attacker wants answered, nothing else is flagged. A detector of scope `model`
+is placed once (`observe`), and what it flags is redistributed at the sites where it is applied.
 
 Where nothing is flagged in a sample its probabilities, or the output of its fused operator, pass
 bit for bit, by selection.
