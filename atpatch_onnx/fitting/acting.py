@@ -83,14 +83,21 @@ def acting(job: Job, trained: Trained, windows: Mapping[str, int], held: Held, f
 
 def better(job: Job, one: Made, other: Made, held: Held) -> Made:
     """`other`, if it asks for a second run that heals more of the bad inputs, else `one`."""
-    if held.bad is None or other.strategy is None:
+    if other.strategy is None:
         return one
+    harm = _harm(job, held, one, other)
+    return other if harm is not None and harm[1] < harm[0] - BETTER else one
+
+
+def _harm(job: Job, held: Held, *several: Made) -> list[float] | None:
+    """How bad the bad inputs are with each detector; None where that cannot be told."""
+    if held.bad is None:
+        return None
     try:
         harm, _ = badness_on(held.bad, Classifier(job.model, job.provider))
-        bad = [harm(Classifier(_patched(job, made), job.provider)) for made in (one, other)]
+        return [harm(Classifier(_patched(job, made), job.provider)) for made in several]
     except AtpatchError:  # no classifier, or nothing says what should be answered
-        return one
-    return other if bad[1] < bad[0] - BETTER else one
+        return None
 
 
 def _again(job: Job, made: Made, second: SecondRun, clean: Samples) -> Made:
@@ -119,18 +126,19 @@ def _for_answer(
     if rerun_problem(job, _detector(job, made, second), held.clean):
         return None
     counted = np.where(answers == held.target, anomalies, 0.0)
-    budget, seen = made.calibration.budget, made.calibration.fit_inputs
-    calibration = calibrate(counted, budget, seen)
-    threshold = max(calibration.threshold, LEAST)
-    # No lower than it takes: what is flagged besides the trigger is lost to the second run.
-    threshold = min(raised(threshold, scorer.largest(held.bad.bad)), made.threshold)
-    return replace(
+    asking = replace(
         made,
-        threshold=threshold,
-        calibration=calibration.at(threshold, counted),
+        calibration=made.calibration.at(made.threshold, counted),
         strategy=Strategy.RERUN.value,
         second_run=second,
     )
+    calibration = calibrate(counted, made.calibration.budget, made.calibration.fit_inputs)
+    threshold = max(calibration.threshold, LEAST)
+    threshold = min(raised(threshold, scorer.largest(held.bad.bad)), made.threshold)
+    lower = replace(asking, threshold=threshold, calibration=calibration.at(threshold, counted))
+    # What is flagged besides the trigger is lost to the second run, which may need it.
+    harm = _harm(job, held, asking, lower)
+    return asking if harm is not None and harm[1] > harm[0] else lower
 
 
 def _detector(job: Job, made: Made, second: SecondRun | None) -> Detector:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import onnx.parser
 import pytest
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
+from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from atpatch_onnx.certificate import certify
 from atpatch_onnx.detector import Detector
@@ -20,6 +21,7 @@ from atpatch_onnx.passes.redistribute import Redistribution
 from atpatch_onnx.passes.rerun import plan_rerun
 from atpatch_onnx.passes.splice import Splice, Strategy, Treatment
 from atpatch_onnx.patching import Patch, apply, revert
+from atpatch_onnx.second_run import Answer, SecondRun
 
 from hosts import Floats, model_file, run, spliced
 
@@ -116,12 +118,19 @@ def mean_column(opset: int) -> ModelProto:
     """)
 
 
-def splice(file: ModelFile, sites: list[int], threshold: float = 0.6) -> Splice:
+def splice(
+    file: ModelFile,
+    sites: list[int],
+    threshold: float = 0.6,
+    second_run: SecondRun | None = None,
+    strategy: Strategy = Strategy.RERUN,
+    telemetry: bool = False,
+) -> Splice:
     found = locate(file.skeleton).sites
     opset = GraphView.of(file.skeleton).opset
-    detector = Detector(Path("det.onnx"), mean_column(opset), "", "", threshold, (), None, {})
+    detector = Detector.unsaved(mean_column(opset), threshold=threshold, second_run=second_run)
     chosen = {found[i].name: Treatment(Redistribution.PRUNE, detector) for i in sites}
-    return Splice(chosen, Strategy.RERUN)
+    return Splice(chosen, strategy, telemetry)
 
 
 @pytest.mark.parametrize("model", [host, fused])
@@ -176,6 +185,74 @@ def test_outputs_that_are_made_before_the_last_site_are_of_the_second_run_too(ou
     patched = ModelFile.from_bytes(rewritten.content(), file.path)
     assert [slot.old for slot in certify(file, patched).difference.renamed] == [output]
     assert revert(patched).content() == file.buffer
+
+
+def half(model: ModelProto) -> ModelProto:
+    """The same in float16."""
+    converted: ModelProto = convert_float_to_float16(model)
+    return converted
+
+
+@pytest.mark.parametrize("model", [host, fused, lambda: half(host())])
+def test_only_what_is_answered_so_is_flagged(model: Callable[[], ModelProto]) -> None:
+    """Two loud samples: one is answered as the attacker wants. Told by an output, and in bits."""
+    file, number = model_file(model()), 1
+    feeds, loud = data(6, [1, 4]), np.array([1, 4])
+    feeds["x"][1, 0], feeds["x"][4, 0] = (0, 2, 0), (2, 0, 0)
+    narrow = GraphView.of(file.skeleton).types["x"].elem_type != TensorProto.FLOAT
+    if narrow:
+        feeds["x"] = feeds["x"].astype(np.float16)
+    before = run(file, feeds)["logits"]
+    assert before[loud].argmax(axis=1).tolist() == [number, 0]
+    asked = SecondRun(answer=Answer("logits", number, otherwise=1.0))
+    rewritten, result = spliced(file, splice(file, [0, 1], second_run=asked, telemetry=True))
+    after = run(rewritten, feeds)
+    pruned = np.zeros((6, LENGTH), bool)
+    pruned[1, 3] = True
+    wanted = reference(feeds["x"], pruned)[1]
+    np.testing.assert_allclose(after["logits"][1], wanted, atol=2e-2 if narrow else 1e-5)
+    np.testing.assert_array_equal(after["logits"][[0, 2, 3, 4, 5]], before[[0, 2, 3, 4, 5]])
+    for outcome in result.patched:
+        np.testing.assert_array_equal(after[outcome.flagged][:, 0, 0], pruned)
+    patched = ModelFile.from_bytes(rewritten.content(), file.path)
+    assert [slot.old for slot in certify(file, patched).difference.renamed] == ["logits"]
+    assert revert(patched).content() == file.buffer
+
+
+def test_in_flow_nobody_knows_the_answer_and_another_threshold_holds() -> None:
+    file = model_file(host())
+    asked = SecondRun(answer=Answer("logits", 0, otherwise=1.0))
+    chosen = splice(file, [0, 1], second_run=asked, strategy=Strategy.GUARD)
+    rewritten, result = spliced(file, chosen)
+    assert [outcome.threshold for outcome in result.patched] == [1.0, 1.0]
+    feeds = data(4, [2])
+    np.testing.assert_array_equal(run(rewritten, feeds)["logits"], run(file, feeds)["logits"])
+    by_hand = {n: replace(t, threshold=0.6) for n, t in chosen.treatments.items()}
+    _, result = spliced(file, replace(chosen, treatments=by_hand))
+    assert [outcome.threshold for outcome in result.patched] == [0.6, 0.6]
+
+
+def test_columns_are_pruned_only_where_the_detector_says() -> None:
+    """The first site attends to other tokens than the second, although as many."""
+    file = model_file(host())
+    names = [site.name for site in locate(file.skeleton).sites]
+    feeds = data(6, [1, 4])
+    rewritten, result = spliced(file, splice(file, [1], second_run=SecondRun((names[1],))))
+    assert [outcome.site for outcome in result.patched] == [names[1]]
+    after = run(rewritten, feeds)["logits"]
+    x = feeds["x"].astype(np.float64)
+    h = x + softmax(x @ x.transpose(0, 2, 1)) @ x
+    scores = h @ h.transpose(0, 2, 1)
+    scores[[1, 4], :, 3] = -np.inf
+    wanted = (h + softmax(scores) @ h)[:, 0] @ np.array([[1, 0], [0, 1], [1, 1]])
+    np.testing.assert_allclose(after, wanted, atol=1e-5)
+
+
+def test_an_answer_that_no_site_changes_is_refused() -> None:
+    file = model_file(host())
+    asked = SecondRun(answer=Answer("scores", 0, otherwise=1.0))
+    with pytest.raises(RefusedError, match="'scores', on which it would depend, is no output"):
+        spliced(file, splice(file, [0, 1], second_run=asked))
 
 
 def test_what_cannot_be_run_again_says_why() -> None:
