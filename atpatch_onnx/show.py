@@ -133,6 +133,11 @@ def fitted(console: Console, report: FitReport) -> None:
         f"{c.calibration_inputs} others: expect {c.expected_fpr:.2%} of clean inputs flagged "
         f"(95 % interval {c.flagged.low:.2%} to {c.flagged.high:.2%})"
     )
+    if report.second_run is not None and (answer := report.second_run.answer) is not None:
+        console.print(
+            f"with --strategy rerun it flags only what '{escape(answer.output)}' sends to class "
+            f"{answer.number}; with others its threshold is {answer.otherwise:.4f}"
+        )
     if recall is not None:
         columns = "" if recall.columns is None else f"; {_rate(recall.columns)} anomalous columns"
         console.print(f"of bad inputs held out it flags {_rate(recall.inputs)} inputs{columns}")

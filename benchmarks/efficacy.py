@@ -8,10 +8,11 @@
 is trained first. Each (case, seed) leaves a JSON in the work folder, and is skipped where that was
 made with the same options: an interrupted run loses the case that was running, nothing else.
 
-Backdoored victims: the original, the shipped path (`contrastive`), other detectors, ablations of
-the redistribution, an oracle that knows the columns of the trigger, and Fine-Pruning, which has the
-weights. Unfair ones, for each protected attribute: the shipped path (`columns` pruned), the same
-columns with their clean mean, and a contrastive detector. Clean ones: the scan alone.
+Backdoored victims: the original, the shipped path (`contrastive`), at the fewest sites, for inputs
+whatever they are answered, other detectors, ablations of the redistribution, an oracle that knows
+the columns of the trigger, and Fine-Pruning, which has the weights. Unfair ones, for each protected
+attribute: the shipped path (`columns` pruned), the same columns with their clean mean, and a
+contrastive detector. Clean ones: the scan alone.
 
 Writes `benchmarks/results/efficacy.json`; a run of some of the cases writes into the work folder.
 `--report` measures nothing: it makes the table of all that the work folder holds.

@@ -33,6 +33,7 @@ from efficacy_measure import evaluated, judged, over_attended_recall, scanned
 from efficacy_victim import Row, Rows, Victim, as_json
 
 SITES_AUTO = "contrastive, sites auto"
+EVERY_ANSWER = "contrastive, every answer"
 
 
 class Backdoored:
@@ -53,6 +54,7 @@ class Backdoored:
         rows.add("original", lambda: judged(self.victim, self.victim.model))
         rows.add("contrastive", self.contrastive, **given)
         rows.add(SITES_AUTO, variant(sites="auto", debug=self.debug), **given)
+        rows.add(EVERY_ANSWER, functools.partial(self.patched, EVERY_ANSWER), **given)
         rows.add("zscore", functools.partial(self.patched, "zscore"))
         rows.add("map-cnn", functools.partial(self.patched, "map-cnn"), **given)
         in_flow = functools.partial(variant, strategy="guard")
@@ -77,7 +79,7 @@ class Backdoored:
         return scan
 
     def fitted(self, kind: str) -> FitReport:
-        """The detector of a kind. Raises: what `fit` raised when it was first wanted."""
+        """The detector of a kind, or `EVERY_ANSWER`. Raises: what `fit` raised when it was first wanted."""
         if kind not in self._fitted:
             try:
                 self._fitted[kind] = self._fit(kind)
@@ -98,8 +100,9 @@ class Backdoored:
             victim.model,
             victim.clean,
             output,
-            kind=kind,
+            kind="contrastive" if kind == EVERY_ANSWER else kind,
             debug=debug,
+            every_answer=kind == EVERY_ANSWER,
             seed=victim.seed,
             ep=victim.settings.ep,
             force=True,

@@ -284,6 +284,7 @@ def test_the_quick_table_on_one_case(
         "original",
         "contrastive",
         "contrastive, sites auto",
+        "contrastive, every answer",
         "zscore",
         "map-cnn",
         "in flow, benign",

@@ -25,6 +25,7 @@ from ..passes.locate import Site, locate
 from ..plan import choose_sites
 from ..progress import SILENT, Progress
 from ..runtime import Array, Session, choose_provider
+from ..second_run import SecondRun
 from ..signature import DetectorScope
 from .acting import Held, acting, better
 from .benign import KINDS as BENIGN
@@ -58,6 +59,7 @@ class FitReport:
     observed: the sites that a detector of several sites looks at; `sites` are then those where its
         decision is applied.
     record: what its training record says of how it was made.
+    strategy, second_run: how it asks to be spliced in, and what strategy `rerun` then has to know.
     """
 
     output: Path
@@ -68,6 +70,8 @@ class FitReport:
     recall: Recall | None
     observed: tuple[str, ...]
     record: Mapping[str, object]
+    strategy: str | None
+    second_run: SecondRun | None
 
 
 def fit(
@@ -147,7 +151,16 @@ def fit(
     names = tuple(site.name for site in made.sites)
     observed = tuple(site.name for site in made.observed)
     return FitReport(
-        target, kind, provider, names, made.calibration, made.recall, observed, made.record
+        target,
+        kind,
+        provider,
+        names,
+        made.calibration,
+        made.recall,
+        observed,
+        made.record,
+        made.strategy,
+        made.second_run,
     )
 
 
