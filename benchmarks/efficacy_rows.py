@@ -79,7 +79,7 @@ class Backdoored:
         return scan
 
     def fitted(self, kind: str) -> FitReport:
-        """A kind of detector, or `EVERY_ANSWER`. Raises: what `fit` raised when it was first wanted."""
+        """A detector of a kind, or `EVERY_ANSWER`. Raises: what `fit` raised when first wanted."""
         if kind not in self._fitted:
             try:
                 self._fitted[kind] = self._fit(kind)
