@@ -33,6 +33,7 @@ from .metrics import Metrics, exposition
 from .options import APPLICATION, DEPLOYMENT, Options, Serving
 from .protocol import Interface, ProtocolError, datatype, metadata, parse, respond
 from .protocol import Request as Inference
+from .proxy import declares_over, problem, too_large
 from .session import Session
 from .version import Answer
 
@@ -162,7 +163,7 @@ class Replica:
         if path and path[-1] == "infer":
             return await self._counted(request, path)
         if request.method not in ("GET", "HEAD"):
-            return _problem(405, f"{request.method} is not served here")
+            return problem(405, f"{request.method} is not served here")
         name = self.options.name
         match path:
             case ["v2"]:
@@ -189,7 +190,7 @@ class Replica:
                 found = await response.results_async(timeout_s=BROADCAST_S, return_exceptions=True)
                 replicas = [f for f in found if not isinstance(f, BaseException)]
                 return Response(exposition(replicas), media_type="text/plain; version=0.0.4")
-        return _problem(404, "there is nothing here: the model is at /v2/models/" + name)
+        return problem(404, "there is nothing here: the model is at /v2/models/" + name)
 
     def _served(self) -> dict[str, str]:
         assert self.session is not None
@@ -203,9 +204,9 @@ class Replica:
             with self.admission.request() as claim:
                 response = await self._infer(request, path, claim)
         except ProtocolError as error:
-            response = _problem(error.status, str(error))
+            response = problem(error.status, str(error))
         except ClientDisconnect:
-            response = _problem(408, "the client went away before its request was complete")
+            response = problem(408, "the client went away before its request was complete")
         self.metrics.requests.labels(str(response.status_code)).inc()
         self.metrics.latency.observe(time.perf_counter() - started)
         return response
@@ -253,15 +254,15 @@ class Replica:
         declared = request.headers.get("content-length", "0")
         if not (declared.isascii() and declared.isdigit()):
             raise ProtocolError("Content-Length must be a whole number")
-        if len(declared) > 18 or int(declared) > limit:
-            raise ProtocolError(f"the body has over {limit} bytes", 413)
+        if declares_over(declared, limit):
+            raise ProtocolError(too_large(limit), 413)
         chunks = []
         try:
             async with asyncio.timeout(self.options.read_s):
                 async for chunk in request.stream():
                     claim.add(len(chunk))
                     if claim.size > limit:
-                        raise ProtocolError(f"the body has over {limit} bytes", 413)
+                        raise ProtocolError(too_large(limit), 413)
                     chunks.append(chunk)
         except TimeoutError:
             raise ProtocolError(
@@ -297,11 +298,6 @@ class Replica:
             return
         with Path(self.options.log).open("a") as file:  # one write: lines of replicas do not mix
             file.write(line + "\n")
-
-
-def _problem(status: int, message: str) -> Response:
-    headers = {"Connection": "close"} if status in (408, 413) else {}
-    return JSONResponse({"error": message}, status, headers)
 
 
 def build(args: dict[str, Any]) -> Any:

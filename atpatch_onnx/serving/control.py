@@ -87,7 +87,7 @@ def start(
     ray, serve = _ray()
     if address is None:
         _check_free(host, port)
-        _embedded(ray)
+        _embedded(ray, options.limits.body_bytes)
     else:
         _join(ray, address)
     try:
@@ -223,20 +223,23 @@ def _ray() -> tuple[Any, Any]:
     return ray, serve
 
 
-def _embedded(ray: Any) -> None:
-    """A Ray of this machine alone, which ends with this process.
+def _embedded(ray: Any, most_bytes: int) -> None:
+    """A Ray of this machine alone, which ends with this process; its proxy has the limit of bodies.
 
     Whoever can use a Ray can run code in it, and its ports are open on all interfaces: Ray makes a
     secret of this user's, in ~/.ray, without which it answers nobody.
     """
+    from .proxy import installed
+
     for last in (False, True):
         try:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=STORE_BYTES,
-                logging_level="ERROR",
-            )
+            with installed(most_bytes):
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    object_store_memory=STORE_BYTES,
+                    logging_level="ERROR",
+                )
             return
         except Exception as error:  # its time to start is limited, and a machine may be busy
             ray.shutdown()

@@ -38,6 +38,11 @@ pytestmark = pytest.mark.slow
 MIB = 1 << 20
 LENGTH = "Inference-Header-Content-Length"
 INFER = "/v2/models/host/infer"
+READ_S = 15
+"""The server's --read-timeout: long enough for a busy machine to open many connections within."""
+
+PATIENCE_S = 60.0
+"""How long clients here wait for what needs a moment only: the machine may be busy."""
 
 
 def inputs(bad: bool = False, count: int = 3) -> Arrays:
@@ -68,7 +73,7 @@ class Server:
     def patch(self, name: str) -> Path:
         return self.folder / f"{name}.atpatch"
 
-    def raw(self, data: bytes, timeout: float = 15) -> tuple[int, str]:
+    def raw(self, data: bytes, timeout: float = PATIENCE_S) -> tuple[int, str]:
         """What is answered to these bytes: status and body."""
         with closing(socket.create_connection(("127.0.0.1", self.port), timeout)) as connection:
             connection.sendall(data)
@@ -122,13 +127,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         [
             *(sys.executable, "-m", "atpatch_onnx", "serve", str(model), "--port", str(port)),
             *("--patch", str(folder / "first.atpatch"), "--golden", str(folder / "golden.npz")),
-            *("--replicas", "2", "--log", str(folder / "log.jsonl"), "--read-timeout", "5"),
+            *("--replicas", "2", "--log", str(folder / "log.jsonl"), "--read-timeout", str(READ_S)),
             *("--max-body", "1", "--max-inputs", "16", "--max-length", "64", "--batch", "8"),
         ],
         stdout=(folder / "out.txt").open("wb"),
         stderr=subprocess.STDOUT,
     )
-    end = time.monotonic() + 180
+    end = time.monotonic() + 300
     while "serving host" not in (folder / "out.txt").read_text():
         if process.poll() is not None or time.monotonic() > end:
             process.kill()
@@ -137,7 +142,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     yield Server(folder, port, process)
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        process.wait(120)
 
 
 @pytest.fixture(scope="module")
@@ -240,26 +245,27 @@ def test_a_huge_size_is_refused_before_anything_is_sent(server: Server) -> None:
 
 
 def test_a_body_without_end_is_cut_off(server: Server) -> None:
-    before = memory()
-    with closing(socket.create_connection(("127.0.0.1", server.port), 20)) as connection:
+    before = memory(server)
+    sent, data = 0, b""
+    with closing(socket.create_connection(("127.0.0.1", server.port), PATIENCE_S)) as connection:
         connection.sendall(head("Transfer-Encoding: chunked"))
-        sent, status = 0, 0
-        try:
-            while sent < 512 * MIB:
-                connection.sendall(b"10000\r\n" + b" " * 65536 + b"\r\n")
-                sent += 65536
-        except OSError:
-            pass  # it hung up, as it should
-        else:
-            status = read(connection)[0]
-    assert sent < 512 * MIB or status == 413
-    assert memory() - before < 100 * MIB
+        while sent < 512 * MIB:
+            answered, _, _ = select.select([connection], [connection], [], PATIENCE_S)
+            if answered:
+                break
+            data = data or b"10000\r\n" + b" " * 65536 + b"\r\n"
+            count = connection.send(data)
+            sent, data = sent + count, data[count:]
+        assert read(connection)[0] == 413
+    # Of 1 MiB that is allowed, as much again that is dropped, and what the kernel holds meanwhile.
+    assert sent < 64 * MIB
+    assert growth(before, memory(server)) < 50 * MIB
 
 
 def test_slow_clients_are_told_so_and_keep_nobody_waiting(server: Server) -> None:
     slow = []
     for _ in range(200):
-        connection = socket.create_connection(("127.0.0.1", server.port), 20)
+        connection = socket.create_connection(("127.0.0.1", server.port), PATIENCE_S)
         connection.sendall(head("Content-Length: 100") + b"{")
         slow.append(connection)
     server.client().infer("host", request_of(inputs()))
@@ -268,18 +274,18 @@ def test_slow_clients_are_told_so_and_keep_nobody_waiting(server: Server) -> Non
     for connection in slow:
         status, text = read(connection)
         connection.close()
-        assert (status, "within 5 seconds" in text) == (408, True)
+        assert (status, f"within {READ_S} seconds" in text) == (408, True)
 
 
 def test_many_connections_in_turn(server: Server, expected: Expected) -> None:
-    before = memory()
+    before = memory(server)
     for number in range(500):
         if number % 2:
             assert server.post(b"{")[0] == 400
         else:  # one that goes away at once
-            socket.create_connection(("127.0.0.1", server.port), 5).close()
+            socket.create_connection(("127.0.0.1", server.port), PATIENCE_S).close()
     check(server.client(), expected)
-    assert memory() - before < 50 * MIB
+    assert growth(before, memory(server)) < 50 * MIB
 
 
 def check(client: Any, expected: Expected) -> str:
@@ -290,18 +296,37 @@ def check(client: Any, expected: Expected) -> str:
     return sha256
 
 
-def memory() -> int:
-    """What replicas and proxies of servers hold, in bytes."""
-    total = 0
+def memory(server: Server) -> dict[int, int]:
+    """What each replica of the server and its proxy hold for themselves, in bytes, by process.
+
+    Of anonymous memory only: what a process shares counts for it once others have ended.
+    """
+    found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
             name = (path / "cmdline").read_bytes()
-            if name.startswith((b"ray::ServeReplica", b"ray::Proxy")):
-                rollup = (path / "smaps_rollup").read_text().splitlines()
-                total += next(int(x.split()[1]) for x in rollup if x.startswith("Pss:")) << 10
-        except OSError:
+            if name.startswith((b"ray::ServeReplica", b"ray::Proxy")) and is_of(server, path):
+                lines = (path / "status").read_text().splitlines()
+                (held,) = [line.split()[1] for line in lines if line.startswith("RssAnon:")]
+                found[int(path.name)] = int(held) << 10
+        except OSError:  # it has just ended
             continue
-    return total
+    return found
+
+
+def is_of(server: Server, process: Path) -> bool:
+    """Whether a process, as in /proc, descends from the server's."""
+    while process.name not in ("0", "1", str(server.process.pid)):
+        parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+        process = process.with_name(parent)
+    return process.name == str(server.process.pid)
+
+
+def growth(before: dict[int, int], after: dict[int, int]) -> int:
+    """By how much the process grew that grew most, of those which have been there all the while."""
+    there = before.keys() & after.keys()
+    assert len(there) >= 2, (before, after)  # the proxy, and a replica
+    return max(after[pid] - before[pid] for pid in there)
 
 
 def test_swaps_under_load(server: Server, handle: Any, expected: Expected) -> None:
@@ -354,7 +379,7 @@ def test_a_killed_replica_comes_back(server: Server, handle: Any, expected: Expe
     with loaded(4, server.port, "host", inputs(bad=True), expected) as loads:
         time.sleep(1)
         os.kill(victim, signal.SIGKILL)
-        end = time.monotonic() + 60
+        end = time.monotonic() + 180
         states: list[dict[str, Any]] = []
         while len(states) < 2 or victim in [one["pid"] for one in states]:
             assert time.monotonic() < end, states
@@ -402,15 +427,19 @@ def test_zz_it_stops_when_it_has_answered(server: Server, handle: Any) -> None:
     """Last: a request that has begun is answered, then nothing of the server is left."""
     del handle
     body = document()
-    with closing(socket.create_connection(("127.0.0.1", server.port), 30)) as connection:
-        connection.sendall(head(f"Content-Length: {len(body)}", "Connection: close"))
-        time.sleep(0.3)
+    head_of_it = head(f"Content-Length: {len(body)}", "Connection: close", "Expect: 100-continue")
+    with closing(socket.create_connection(("127.0.0.1", server.port), PATIENCE_S)) as connection:
+        connection.sendall(head_of_it)
+        assert b" 100 " in connection.recv(65536)
+        time.sleep(1)  # from the proxy, which has it now, to a replica
         server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        health = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        while server.raw(health)[0] == 200:  # it has not begun to stop
+            time.sleep(0.1)
         connection.sendall(body)
         assert read(connection)[0] == 200
-    assert server.process.wait(60) == 0
+    assert server.process.wait(120) == 0
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", server.port), 5)
+        socket.create_connection(("127.0.0.1", server.port), PATIENCE_S)
     with pytest.raises(InputError, match="no server of atpatch-onnx was started on port"):
         control._noted(server.port)
