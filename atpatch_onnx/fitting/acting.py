@@ -8,7 +8,7 @@ false-positive budget then allows a lower threshold for those that count.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -42,12 +42,14 @@ class Held:
 
     seen: how many clean inputs it has seen; target: the class that the attacker wants, if only
         inputs that are answered so are to be flagged.
+    odd: clean inputs that were made odd, by how; the budget is for each of them too.
     """
 
     clean: Samples
     bad: DebuggingSet | None
     seen: int
     target: int | None
+    odd: Mapping[str, Samples] = field(default_factory=dict)
 
 
 def acting(job: Job, trained: Trained, windows: Mapping[str, int], held: Held, fpr: float) -> Made:
@@ -61,12 +63,16 @@ def acting(job: Job, trained: Trained, windows: Mapping[str, int], held: Held, f
     scorer = Scorer(job, trained.model)
     anomalies = scorer.largest(held.clean)
     calibration = calibrate(anomalies, fpr, held.seen)
+    others = [calibrate(scorer.largest(some), fpr, held.seen) for some in held.odd.values()]
+    highest = max(c.threshold for c in (calibration, *others))
+    if highest > calibration.threshold:
+        calibration = calibration.at(highest, anomalies)
     made = Made(
         trained.model,
         DetectorScope.SITE,
         trained.sites,
         calibration.threshold,
-        trained.record,
+        trained.record | ({"odd": sorted(held.odd)} if held.odd else {}),
         calibration,
     )
     # Windows have columns of their own: what one site flags means nothing to another.

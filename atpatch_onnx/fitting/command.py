@@ -24,7 +24,7 @@ from ..passes.graph_view import GraphView
 from ..passes.locate import Site, locate
 from ..plan import choose_sites
 from ..progress import SILENT, Progress
-from ..runtime import Array, Session, choose_provider
+from ..runtime import Array, InputSpec, Session, choose_provider
 from ..second_run import SecondRun
 from ..signature import DetectorScope
 from .acting import Held, acting, better
@@ -38,15 +38,17 @@ from .inputs import bad_inputs, check_enough, clean_inputs, halves, is_fairness,
 from .job import Job, Made, Trained
 from .labelling import moved_columns
 from .map_cnn import fit_map_cnn
+from .odd_text import is_text, odd_texts
 from .scores import Recall
 from .several import SEVERAL, fit_several
 from .zscore import fit_zscore
 
-KINDS = ("zscore", "contrastive", "map-cnn", "columns", *SEVERAL)
+ZSCORE = "zscore"
+KINDS = (ZSCORE, "contrastive", "map-cnn", "columns", *SEVERAL)
 TRAINED = ("contrastive", "map-cnn")
 ROWS_BESIDE_FUSED = 16
 """Query rows that a detector looks at by default where the map is computed for it alone."""
-RUNS = {"zscore": 3, "contrastive": 4, "map-cnn": 4, "columns": 1} | dict.fromkeys(SEVERAL, 3)
+RUNS = {ZSCORE: 3, "contrastive": 4, "map-cnn": 4, "columns": 1} | dict.fromkeys(SEVERAL, 3)
 """About how many runs over the data each kind takes, for the progress bar."""
 
 
@@ -139,6 +141,8 @@ def fit(
     if bad is not None and kind in TRAINED:
         check_enough(bad)
     runs = RUNS[kind] * clean.count + (0 if bad is None else 5 * bad.bad.count)
+    if kind == ZSCORE and is_text(inputs):
+        runs += 2 * clean.count
     tick = progress.start("fitting", runs)
     rows = None if kind in SEVERAL else _rows(rows, benign, chosen)
     view = GraphView.of(file.skeleton)
@@ -146,7 +150,7 @@ def fit(
     if kind in SEVERAL:
         made = fit_several(kind, job, clean, bad, fpr, options)
     else:
-        made = _column_wise(kind, job, clean, bad, fpr, every_answer)
+        made = _column_wise(kind, job, clean, bad, fpr, every_answer, inputs)
     write_file(target, _with_metadata(made, job, kind, clean, bad).SerializeToString())
     names = tuple(site.name for site in made.sites)
     observed = tuple(site.name for site in made.observed)
@@ -171,6 +175,7 @@ def _column_wise(
     bad: DebuggingSet | None,
     fpr: float,
     every_answer: bool,
+    inputs: Sequence[InputSpec],
 ) -> Made:
     """A detector that looks at one site at a time."""
     if bad is not None and bad.anomalous is None and bad.clean is not None:
@@ -182,7 +187,8 @@ def _column_wise(
     unseen, seen = halves(job, clean)
     train, judged = (None, None) if bad is None else split_bad(job, bad)
     target = None if bad is None or every_answer else bad.target
-    held = Held(unseen, judged, seen.count, target)
+    odd = odd_texts(job.model, inputs, unseen, job.generator()) if kind == ZSCORE else {}
+    held = Held(unseen, judged, seen.count, target, odd)
     trained = _train(kind, job, seen, train)
     windows = trained.whitening.windows
     made = acting(job, trained, windows, held, fpr)
@@ -242,12 +248,12 @@ def _sites(file: ModelFile, wanted: Sequence[str]) -> tuple[Site, ...]:
 
 def _default_kind(bad: DebuggingSet | None) -> str:
     if bad is None:
-        return "zscore"
+        return ZSCORE
     return "columns" if is_fairness(bad) else "contrastive"
 
 
 def _train(kind: str, job: Job, clean: Samples, bad: DebuggingSet | None) -> Trained:
-    if kind == "zscore":
+    if kind == ZSCORE:
         return fit_zscore(job, clean)
     if bad is None:
         raise InputError(
