@@ -157,7 +157,9 @@ def patch(
     check_bindings(bind or {}, detectors.values())
     provider = choose_provider(ep)
     asked = {redistribute, *(entry.redistribute for entry in plans if entry.patch)} - {None}
-    how = choose_strategy(strategy, provider, file.sha256, view, found, treatments, asked)
+    how = choose_strategy(
+        strategy, provider, file.sha256, view, found, treatments, asked, remember=remember
+    )
     if how is Strategy.RERUN:
         treatments = pruning(treatments, asked)
     splice = Splice(treatments, how, telemetry, toggle, bind or {}, remember)

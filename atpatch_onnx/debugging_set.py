@@ -7,7 +7,8 @@ A file is an `.npz` with
     anomalous       bool [N, K], the key positions that make each sample bad        (optional)
     labels          int64 [N], what should be answered                              (optional)
     target          int64 scalar, the class that the attacker wants                 (optional)
-    about           JSON text: where the set comes from                             (optional)
+    about           JSON text: where the set comes from; `scores`: the output that
+                    `target` is a class of                                          (optional)
 
 `scan` writes it; a user may write one by hand from as little as the bad inputs.
 """
@@ -29,6 +30,8 @@ from .runtime import Array, Arrays, InputSpec
 
 CLEAN = "clean/"
 """Prefix of the keys of the clean twins."""
+SCORES = "scores"
+"""In `about`: the output that holds the class scores."""
 
 
 @dataclass(frozen=True)

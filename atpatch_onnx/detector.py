@@ -40,7 +40,7 @@ class Detector:
     training: its training record, as the fitter wrote it.
     scope: what it looks at.
     bindings: host values that its further inputs read unless somebody says otherwise.
-    second_run: what strategy `rerun` has to know; None: nothing.
+    second_run: what it asks of strategy `rerun`; None: nothing in particular.
     """
 
     path: Path
@@ -183,12 +183,6 @@ def load_detector(path: str | Path, opset: int, threshold: float | None = None) 
         bindings=bindings,
         second_run=second.at(value) if second is not None and threshold is not None else second,
     )
-
-
-def second_run_of(detectors: Iterable[Detector | None]) -> SecondRun | None:
-    """What they all ask of a second run; None where they do not agree."""
-    asked = {None if detector is None else detector.second_run for detector in detectors}
-    return asked.pop() if len(asked) == 1 else None
 
 
 def check_threshold(value: float, where: str) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .api import PathLike
 from .classifier import Classifier
 from .data import Samples, load_arrays, samples_from
-from .debugging_set import DebuggingSet
+from .debugging_set import SCORES, DebuggingSet
 from .errors import InputError, at_least
 from .external_data import external_files
 from .files import Staging, check_output
@@ -106,7 +106,8 @@ def scan(
     to_write = [each for each in judged if each.suspicious or (complete and target is not None)]
     pictures: dict[int, Path] = {}
     if to_write and split is not None:
-        about = {"made_by": MADE_BY, "model": file.sha256, "kind": kind, "seed": seed}
+        about: dict[str, object] = {"made_by": MADE_BY, "model": file.sha256, "kind": kind}
+        about |= {"seed": seed, SCORES: classifier.output}
         content = _debugging_set(split, to_write[0].finding, about, seed).content()
         with Staging() as staging:
             staging.add(written, [content])

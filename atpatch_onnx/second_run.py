@@ -1,22 +1,28 @@
-"""What a detector wants to know, and to have done, where flagged inputs are run a second time."""
+"""What a detector asks for where flagged inputs are run a second time."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+LARGEST = 2**31
+"""No model has so many classes."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer that an attacker wants: other inputs need not be looked at.
+    """The answer that an attacker wants: inputs that are answered otherwise need no second look.
 
-    output: of the host, class scores `[N, C]`; number: the class.
-    otherwise: the threshold where the answer is not known yet, in flow, and every input counts.
+    output: of the host, class scores `[N, C]`; number: the class, an index of the last axis.
+    otherwise: the threshold where the answer is not known yet, in flow, and every input counts. Of
+        no matter for whether two detectors ask for the same.
     """
 
     output: str
     number: int
-    otherwise: float
+    otherwise: float = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -46,21 +52,31 @@ class SecondRun:
     @classmethod
     def loads(cls, text: str) -> SecondRun:
         """What `dumps` gave. Raises: ValueError."""
-        found = json.loads(text)
-        sites = found.get("sites", []) if isinstance(found, dict) else None
+        found = _only(json.loads(text), {"sites", "answer"}, "atpatch.rerun")
+        sites = found.get("sites", [])
         if not isinstance(sites, list) or not all(isinstance(site, str) for site in sites):
-            raise ValueError("atpatch.rerun is no object with a list of sites")
-        answer = found.get("answer")
-        if answer is None:
-            return cls(tuple(sites))
-        try:
-            output, number, otherwise = answer["output"], answer["class"], answer["otherwise"]
-        except (KeyError, TypeError):
-            raise ValueError(
-                "the answer of atpatch.rerun lacks output, class or otherwise"
-            ) from None
-        if not isinstance(output, str) or type(number) is not int or number < 0:
-            raise ValueError("the answer of atpatch.rerun has no output or class")
-        if not isinstance(otherwise, int | float) or not 0 <= otherwise <= 1:
-            raise ValueError("otherwise, in the answer of atpatch.rerun, is no threshold")
-        return cls(tuple(sites), Answer(output, number, float(otherwise)))
+            raise ValueError(f"sites in atpatch.rerun is {sites!r}, expected a list of names")
+        answer = None if "answer" not in found else _answer(found["answer"])
+        return cls(tuple(sites), answer)
+
+
+def _answer(value: object) -> Answer:
+    found = _only(value, {"output", "class", "otherwise"}, "answer in atpatch.rerun")
+    output, number = found.get("output"), found.get("class")
+    otherwise: Any = found.get("otherwise")
+    if not isinstance(output, str):
+        raise ValueError(f"output in atpatch.rerun is {output!r}, expected the name of an output")
+    if type(number) is not int or not 0 <= number < LARGEST:
+        raise ValueError(f"class in atpatch.rerun is {number!r}, expected the number of a class")
+    is_float = isinstance(otherwise, int | float) and not isinstance(otherwise, bool)
+    if not is_float or not 0 <= float(otherwise) <= 1:
+        raise ValueError(f"otherwise in atpatch.rerun is {otherwise!r}, expected a threshold")
+    return Answer(output, number, float(otherwise))
+
+
+def _only(value: object, keys: set[str], what: str) -> Mapping[str, Any]:
+    """An object with no other keys. Raises: ValueError."""
+    if not isinstance(value, dict) or set(value) - keys:
+        listed = ", ".join(sorted(keys))
+        raise ValueError(f"{what} is {value!r}, expected an object with {listed}")
+    return value

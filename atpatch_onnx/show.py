@@ -133,6 +133,8 @@ def fitted(console: Console, report: FitReport) -> None:
         f"{c.calibration_inputs} others: expect {c.expected_fpr:.2%} of clean inputs flagged "
         f"(95 % interval {c.flagged.low:.2%} to {c.flagged.high:.2%})"
     )
+    if why := report.record.get("every_answer"):
+        console.print(f"it flags inputs whatever they are answered: {escape(str(why))}")
     if report.second_run is not None and (answer := report.second_run.answer) is not None:
         console.print(
             f"with --strategy rerun it flags only what '{escape(answer.output)}' sends to class "
@@ -175,6 +177,12 @@ def patched(console: Console, report: PatchReport) -> None:
                     "",
                 )
         console.print(table)
+    answers = {o.answer for o in report.outcomes if isinstance(o, Patched)} - {None}
+    for answer in answers:
+        assert answer is not None
+        console.print(
+            f"flagged is only what '{escape(answer.output)}' sends to class {answer.number}"
+        )
     for other in report.refused:
         console.print(
             f"[red]refused[/] {other.op} '{escape(other.node)}': {escape(other.reason)}. "

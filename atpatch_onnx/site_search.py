@@ -126,8 +126,8 @@ def badness_on(
             "answers other than for the clean twin",
         )
     raise RefusedError(
-        "--sites auto must know when an input is healed: add 'target', 'labels' or clean twins to "
-        "the debugging set, or choose the sites yourself"
+        "nothing says what the bad inputs should be answered: add 'target', 'labels' or clean "
+        "twins to the debugging set, or choose the sites yourself"
     )
 
 

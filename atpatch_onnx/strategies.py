@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import replace
 
-from .detector import second_run_of
-from .errors import InputError
+from .errors import InputError, RefusedError
+from .passes.decisions import asked_of
 from .passes.graph_view import GraphView
 from .passes.locate import Sites
-from .passes.observe import observed_sites
 from .passes.redistribute import Redistribution
 from .passes.rerun import Plan, plan_rerun
 from .passes.splice import Strategy, Treatment
-from .second_run import SecondRun
 from .signature import DetectorScope
 
 
@@ -26,6 +25,8 @@ def choose_strategy(
     found: Sites,
     treatments: Mapping[str, Treatment],
     modes: AbstractSet[str | None],
+    *,
+    remember: bool,
 ) -> Strategy:
     """What is asked for; else what the detectors ask for; else `select` for CUDA, where an `If` at
     each site costs a synchronisation, and `guard` for CPU."""
@@ -38,21 +39,17 @@ def choose_strategy(
     # A detector has tried what it asks for, on the model that it was fitted for.
     asked = {d.strategy if d is not None and d.host_sha256 == sha256 else None for d in detectors}
     if asked == {Strategy.RERUN.value} and modes <= {Redistribution.PRUNE.value}:
-        detecting = [
-            site
+        fitting = {
+            site.name: t.detector
             for site in found.sites
             if (t := treatments.get(site.name)) and t.detector is not None
             if t.detector.layer_of(site.name, site.index) is not None
-        ]
-        whole = [d for d in detectors if d is not None and d.scope is DetectorScope.MODEL]
-        second = second_run_of(detectors) or SecondRun()
-        applied = list(second.sites) or None
-        if whole:
-            applied = [site.name for site in detecting]
-            detecting = observed_sites(whole[0], found.sites)
-        output = None if second.answer is None else second.answer.output
-        if isinstance(plan_rerun(view, found.sites, detecting, applied, output), Plan):
-            return Strategy.RERUN
+        }
+        with suppress(RefusedError):
+            asking = asked_of(fitting, found.sites, remember=remember)
+            plan = plan_rerun(view, found.sites, asking.detecting, asking.applied, asking.answer)
+            if isinstance(plan, Plan):
+                return Strategy.RERUN
     return Strategy.SELECT if provider == "cuda" else Strategy.GUARD
 
 

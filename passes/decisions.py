@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from ..detector import Detector, second_run_of
+from ..detector import Detector
 from ..edits import Edit
 from ..errors import InputError, RefusedError
+from ..second_run import Answer, SecondRun
 from ..signature import DetectorScope
 from .fragment import Constants
 from .graph_view import GraphView
@@ -18,6 +20,50 @@ from .observe import Observation, observed_sites, place
 def is_several(detector: Detector | None) -> bool:
     """Whether a detector looks at several sites at once."""
     return detector is not None and detector.scope is DetectorScope.MODEL
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What detectors ask of a second run.
+
+    detecting: the sites that are looked at; applied: the names of those where columns are changed,
+    None: all over the same keys; answer: what inputs must be answered to be flagged.
+    """
+
+    detecting: tuple[Site, ...]
+    applied: tuple[str, ...] | None = None
+    answer: Answer | None = None
+
+
+def asked_of(
+    detectors: Mapping[str, Detector | None], sites: Sequence[Site], *, remember: bool
+) -> Asked:
+    """What is asked by the detectors of the sites that are patched, None: static columns.
+
+    remember: flags are carried from run to run, so that they cannot wait for the answer.
+    Raises: RefusedError where they do not ask for the same.
+    """
+    known = {d.sha256 if d else "": d for d in detectors.values()}
+    several = [d for d in known.values() if d is not None and is_several(d)]
+    if several:
+        if len(known) > 1:
+            raise RefusedError(
+                "--strategy rerun takes one detector that looks at several sites, and no other "
+                "beside it: patch with one, or choose --strategy guard"
+            )
+        return Asked(tuple(observed_sites(several[0], sites)), tuple(detectors))
+    requests = {None if d is None else d.second_run for d in known.values()}
+    if len(requests) > 1:
+        raise RefusedError(
+            "--strategy rerun: the detectors ask for different second runs (atpatch.rerun): patch "
+            "with one of them, or choose --strategy guard"
+        )
+    request = (requests.pop() if requests else None) or SecondRun()
+    return Asked(
+        tuple(site for site in sites if site.name in detectors),
+        request.sites or None,
+        None if remember else request.answer,
+    )
 
 
 class Decisions:
@@ -77,25 +123,3 @@ class Decisions:
         if detector is None or not is_several(detector):
             return site.before
         return self._found[detector.sha256].last.before
-
-    def looked_at(
-        self, flagged: Sequence[str], detectors: Iterable[Detector | None]
-    ) -> tuple[list[Site], list[str] | None]:
-        """The sites that detectors look at, and those where they change something; None: all.
-
-        flagged: the sites that are patched, with their detectors.
-        Raises: RefusedError where a detector of several sites is not the only one.
-        """
-        detectors = list(detectors)
-        known = {d.sha256 if d else "": d for d in detectors}
-        several = [d for d in known.values() if d is not None and is_several(d)]
-        if not several:
-            asked = second_run_of(detectors)
-            applied = list(asked.sites) if asked is not None and asked.sites else None
-            return [site for site in self.sites if site.name in flagged], applied
-        if len(known) > 1:
-            raise RefusedError(
-                "--strategy rerun takes one detector that looks at several sites, and no other "
-                "beside it: patch with one, or choose --strategy guard"
-            )
-        return observed_sites(several[0], self.sites), list(flagged)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..edits import Edit
+from ..second_run import Answer
 
 
 @dataclass(frozen=True)
@@ -12,6 +13,7 @@ class Patched:
     """The site has a detector (or static columns) and a redistribution.
 
     flagged: the bool value `[B, 1 or H, 1, K]` that says which columns are flagged.
+    answer: what an input must be answered for that; None: whatever is answered.
     """
 
     site: str
@@ -19,6 +21,7 @@ class Patched:
     redistribution: str
     strategy: str
     threshold: float | None
+    answer: Answer | None = None
 
 
 @dataclass(frozen=True)

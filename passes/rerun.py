@@ -36,9 +36,14 @@ AGAIN = f"{PREFIX}/again"
 """Before the names of copied nodes and of what they make."""
 
 
-ANSWERED = f"{PREFIX}/answered"
 FIRST = f"{PREFIX}/first"
 """Before the names that outputs get as the first run made them."""
+
+ANSWERED = f"{PREFIX}/answered"
+"""Which samples the first run answers as an attacker wants, bool `[B, 1, 1, 1]`."""
+
+
+_NUMBERS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT32, TensorProto.INT64)
 
 
 @dataclass(frozen=True)
@@ -80,12 +85,12 @@ def plan_rerun(
     sites: Sequence[Site],
     detecting: Sequence[Site],
     applied: Collection[str] | None = None,
-    answer: str | None = None,
+    answer: Answer | None = None,
 ) -> Plan | str:
     """What to run again if a site of `detecting` flags something; or why it cannot be done.
 
     applied: the names of the sites where columns may be changed; None: all over the same keys.
-    answer: an output of the first run on which it depends whether anything is flagged.
+    answer: what the first run must answer for anything to be flagged.
     """
     if any(site.path for site in detecting):
         return "a site with a detector lies inside a branch, a loop or a function"
@@ -100,12 +105,14 @@ def plan_rerun(
         if _keys(s) in {None, *keys} and not s.facts.cross and not s.path
         if applied is None or s.name in applied
     )
+    if not changed_sites:
+        return "none of the sites where columns are to be pruned is in the graph"
     changed = _downstream(view, changed_sites)
+    if answer is not None and (lacking := _no_answer(view, answer, changed)):
+        return lacking
     ends, earlier = _ends(view, changed)
     before = min((use.node for uses in ends.values() for use in uses), default=-1)
     decided = max(site.before for site in detecting)
-    if answer is not None and answer not in view.outputs & changed:
-        return f"'{answer}', on which it would depend, is no output that the sites change"
     made = [view.producers[name] + 1 for name in earlier]
     if answer is not None or before < max([decided, *made]):
         ends, before = {}, len(view.nodes)
@@ -151,13 +158,14 @@ def _ends(view: GraphView, changed: set[str]) -> tuple[dict[str, tuple[Use, ...]
 
 
 def answered(view: GraphView, constants: Constants, answer: Answer) -> list[NodeProto]:
-    """The nodes that make `ANSWERED`, bool `[B, 1, 1, 1]`: which samples are answered so."""
+    """The nodes that make `ANSWERED`."""
     f = Fragment(PREFIX, view.opset, constants)
-    # ONNX Runtime has no ArgMax of 16 bits on CPU.
-    scores = f.cast(answer.output, TensorProto.FLOAT, "scores")
+    scores = answer.output
+    if _is_narrow(view, scores):  # of which ONNX Runtime has no ArgMax on CPU
+        scores = f.cast(scores, TensorProto.FLOAT, "scores")
     number = f.op("ArgMax", scores, name="class", axis=1, keepdims=0)
     same = f.op("Equal", number, f.ints(answer.number), name="is_class")
-    f.op("Reshape", same, f.ints(-1, 1, 1, 1), name=ANSWERED.removeprefix(f"{PREFIX}/"))
+    f.op("Reshape", same, f.ints(-1, 1, 1, 1), name="answered")
     return f.nodes()
 
 
@@ -353,6 +361,18 @@ def _upstream(view: GraphView, values: set[str], changed: set[str]) -> set[int]:
     return found
 
 
+def _no_answer(view: GraphView, answer: Answer, changed: Collection[str]) -> str:
+    """Why the graph has no such answer; "" if it has."""
+    name = answer.output
+    if name not in view.outputs or name not in changed:
+        return f"'{name}', on which it would depend, is no output that the sites change"
+    shape = view.shape(name)
+    classes = shape[1] if shape is not None and len(shape) == 2 else None
+    if view.rank(name) != 2 or (isinstance(classes, int) and not answer.number < classes > 1):
+        return f"'{name}', on which it would depend, has no class {answer.number} of several [N, C]"
+    return ""
+
+
 def _is_narrow(view: GraphView, value: str) -> bool:
     known = view.types.get(value)
     return known is not None and known.elem_type in NARROW
@@ -366,8 +386,8 @@ def _unfit(view: GraphView, value: str, sites: Sequence[Site]) -> str:
     maker = view.producer(value)
     if maker is not None and maker.op_type in ("QuantizeLinear", "DequantizeLinear"):
         return f"'{value}', from which an output is made, is quantised"
-    if known.elem_type not in (TensorProto.FLOAT, TensorProto.DOUBLE, *NARROW):
-        return f"'{value}', from which an output is made, does not hold floats"
+    if known.elem_type not in (*_NUMBERS, *NARROW):
+        return f"'{value}', from which an output is made, does not hold numbers"
     batches = {_batch(site) for site in sites if site.rank == 4 or _single(site)}
     batches |= {known.shape[0] if known.shape else 0}
     if len(batches - {None}) > 1:  # where exports do not say, whoever has inputs must try

@@ -25,14 +25,14 @@ bit for bit, by selection.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
-from ..detector import Detector, second_run_of
+from ..detector import Detector
 from ..edits import (
     AddInitializer,
     AddInput,
@@ -43,9 +43,8 @@ from ..edits import (
     RewireInput,
 )
 from ..errors import RefusedError
-from ..second_run import Answer
 from .calls import unfold
-from .decisions import Decisions, is_several
+from .decisions import Asked, Decisions, asked_of, is_several
 from .expose import expose, is_reachable
 from .fragment import Constants, Fragment, as_stored, shared_prefix
 from .graph_view import GraphView
@@ -108,7 +107,7 @@ class Splice:
     """Patch the sites that have a treatment; the others are `Skipped`.
 
     treatments: by site name.
-    strategy: `guard` or `select`.
+    strategy: `guard`, `select` or `rerun`.
     telemetry: add an output `atpatch/<site>/flagged` for each patched site.
     toggle: add overridable inputs `atpatch/enabled` (bool) and `atpatch/threshold` (float32; one
         for each site, `atpatch/<site>/threshold`, where sites have different ones).
@@ -139,9 +138,9 @@ class _Splicing:
         self.edits: list[Edit] = []
         self.thresholds: set[float] = set()
         self.benign: dict[str, str | None] = {}
-        self.late: list[NodeProto] = []
-        treated = options.treatments.values()
-        self.answer = None if options.remember else _answer(options.strategy, treated)
+        self.asked = Asked(())
+        self.flags: list[NodeProto] = []
+        """That wait for the answer of the first run."""
 
     def run(self, sites: tuple[Site, ...]) -> PassResult:
         """Patch each site that has a treatment."""
@@ -155,10 +154,17 @@ class _Splicing:
             )
         chosen = {site.name: self.options.treatments.get(site.name) for site in sites}
         reasons = {site.name: _skip(site, chosen[site.name]) for site in sites}
+        if rerun:
+            detectors = {
+                site.name: t.detector
+                for site in sites
+                if (t := chosen[site.name]) is not None and not reasons[site.name]
+            }
+            self.asked = asked_of(detectors, sites, remember=self.options.remember)
         self.thresholds = {
             value
             for name, t in chosen.items()
-            if t is not None and (value := self.value(t)) is not None and not reasons[name]
+            if t is not None and (value := self.effective(t)) is not None and not reasons[name]
         }
         outcomes: list[Outcome] = []
         for site in sites:
@@ -218,7 +224,7 @@ class _Splicing:
                 )
                 nodes += copied
             threshold = self.threshold(f, site, treatment)
-            last = "flagged" if self.answer is None else "suspicious"
+            last = "flagged" if self.asked.answer is None else "suspicious"
             above = "above" if self.options.toggle else last
             flagged = f.op("Greater", anomaly, threshold, name=above)
             if self.options.toggle:
@@ -231,10 +237,9 @@ class _Splicing:
             benign = None
         if self.options.strategy is Strategy.RERUN:
             self.insert(site, [*nodes, *f.nodes()], self.decisions.before(site, detector))
-            if self.answer is not None:  # which is known at the end of the first run
-                suspicious, flagged = flagged, f"{prefix}/flagged"
-                both = [suspicious, ANSWERED]
-                self.late.append(helper.make_node("And", both, [flagged], flagged))
+            if self.asked.answer is not None:
+                both, flagged = [flagged, ANSWERED], f"{prefix}/flagged"
+                self.flags.append(helper.make_node("And", both, [flagged], flagged))
             self.benign[site.name] = benign
         else:
             result = self.redistributed(f, floats, treatment, whole, flagged, benign)
@@ -253,7 +258,8 @@ class _Splicing:
             flagged,
             treatment.redistribution.value,
             self.strategy(site).value,
-            self.value(treatment),
+            self.effective(treatment),
+            None if detector is None else self.asked.answer,
         )
 
     def insert(self, site: Site, nodes: Sequence[NodeProto], before: int | None = None) -> None:
@@ -276,21 +282,18 @@ class _Splicing:
         flagged = {o.site: o.flagged for o in outcomes if isinstance(o, Patched)}
         if not flagged:
             return outcomes
-        treatments = self.options.treatments
-        detectors = [treatments[name].detector for name in flagged]
-        detecting, applied = self.decisions.looked_at(list(flagged), detectors)
-        answer = self.answer
-        read = None if answer is None else answer.output
-        plan = plan_rerun(self.view, sites, detecting, applied, read)
+        treatments, answer = self.options.treatments, self.asked.answer
+        plan = plan_rerun(self.view, sites, self.asked.detecting, self.asked.applied, answer)
         if isinstance(plan, str):
             raise RefusedError(f"--strategy rerun: {plan}: choose guard or select")
         if answer is not None:
-            nodes = [*answered(self.view, self.constants, answer), *self.late]
+            nodes = [*answered(self.view, self.constants, answer), *self.flags]
             self.edits += [AddNode(plan.before, node) for node in nodes]
         decision = flagged_anywhere(self.view, self.constants, list(flagged.values()))
         mode = next(t.redistribution for t in treatments.values())
         changes = {site.name: Change(decision.columns, None, mode) for site in plan.sites}
-        if any(map(is_several, detectors)):  # each site by itself: heads differ
+        if any(is_several(treatments[name].detector) for name in flagged):
+            # Each site by itself: heads differ.
             changes = {
                 name: Change(flagged[name], self.benign[name], treatments[name].redistribution)
                 for name in changes
@@ -363,17 +366,17 @@ class _Splicing:
         narrow = site.opening is not None and site.elem_type in NARROW
         return Strategy.SELECT if narrow else self.options.strategy
 
-    def value(self, treatment: Treatment) -> float | None:
-        """The threshold in force: what is answered is not known in flow."""
+    def effective(self, treatment: Treatment) -> float | None:
+        """The threshold in force: the detector's other one where no answer is waited for."""
         detector, value = treatment.detector, treatment.effective_threshold
-        if detector is None or treatment.threshold is not None or self.answer is not None:
+        if detector is None or treatment.threshold is not None or self.asked.answer is not None:
             return value
-        asked = detector.second_run
-        return value if asked is None or asked.answer is None else asked.answer.otherwise
+        request = detector.second_run
+        return value if request is None or request.answer is None else request.answer.otherwise
 
     def threshold(self, f: Fragment, site: Site, treatment: Treatment) -> str:
         """The site's threshold: a constant, or an overridable input under `toggle`."""
-        value = self.value(treatment)
+        value = self.effective(treatment)
         assert value is not None
         if not self.options.toggle:
             return f.constants.add(f"threshold({value:.9g})", np.array(value, np.float32))
@@ -384,12 +387,6 @@ class _Splicing:
                 AddInput(helper.make_tensor_value_info(name, TensorProto.FLOAT, [])),
             ]
         return name
-
-
-def _answer(strategy: Strategy, treatments: Iterable[Treatment]) -> Answer | None:
-    """The answer that inputs must have to be flagged; None: whatever it is."""
-    asked = second_run_of(treatment.detector for treatment in treatments)
-    return asked.answer if asked is not None and strategy is Strategy.RERUN else None
 
 
 def _fused(site: Site) -> str:

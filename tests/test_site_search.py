@@ -112,7 +112,7 @@ def test_a_set_that_is_not_bad_for_the_model_proves_nothing(host: Path, fitted: 
     [
         ("auto", False, "belong together"),
         ("0", True, "belong together"),
-        ("auto", True, "must know when an input is healed"),
+        ("auto", True, "nothing says what the bad inputs"),
     ],
 )
 def test_options_that_do_not_fit_are_one_sentence(

@@ -7,23 +7,25 @@ false-positive budget then allows a lower threshold for those that count.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..classifier import Classifier
 from ..data import Samples
-from ..debugging_set import DebuggingSet
+from ..debugging_set import SCORES, DebuggingSet
 from ..detector import Detector
-from ..errors import AtpatchError
+from ..errors import AtpatchError, InputError
 from ..model_file import ModelFile
 from ..passes.redistribute import Redistribution
 from ..passes.splice import Strategy
 from ..second_run import Answer, SecondRun
 from ..signature import DetectorScope
 from ..site_search import badness_on
-from .calibration import calibrate, raised
+from .calibration import Calibration, calibrate, raised
 from .job import Job, Made, Trained
 from .scores import Scorer, recall_of
 from .statistics import FloatArray
@@ -34,31 +36,32 @@ LEAST = 0.5
 BETTER = 0.01
 """By how much a second run must beat one that works in flow to be worth its time, as a share of the
 bad inputs."""
+MOST = 0.5
+"""The original sends at least this share of the bad inputs to the class that an attacker wants."""
 
 
 @dataclass(frozen=True)
 class Held:
     """What a detector is judged on, and has not seen: clean inputs and bad ones.
 
-    seen: how many clean inputs it has seen; target: the class that the attacker wants, if only
-        inputs that are answered so are to be flagged.
+    seen: how many clean inputs it has seen; one_answer: whether only inputs that are answered as
+        the attacker wants are to be flagged, where the bad ones say what that is.
     odd: clean inputs that were made odd, by how; the budget is for each of them too.
     """
 
     clean: Samples
     bad: DebuggingSet | None
     seen: int
-    target: int | None
+    one_answer: bool
     odd: Mapping[str, Samples] = field(default_factory=dict)
 
 
 def acting(job: Job, trained: Trained, windows: Mapping[str, int], held: Held, fpr: float) -> Made:
     """The detector with its thresholds, and how it asks to be spliced in.
 
-    windows: how many maps a sample has at each site of the model that may be patched.
+    windows: how many maps a sample has at each site of the main graph.
+    Raises: InputError for a target that is no class.
     """
-    whole = tuple(name for name, count in windows.items() if count == 1)
-    windowed = len(whole) < len(windows)
     job = replace(job, sites=trained.sites)
     scorer = Scorer(job, trained.model)
     anomalies = scorer.largest(held.clean)
@@ -76,13 +79,18 @@ def acting(job: Job, trained: Trained, windows: Mapping[str, int], held: Held, f
         calibration,
     )
     # Windows have columns of their own: what one site flags means nothing to another.
+    whole = tuple(name for name, count in windows.items() if count == 1)
     if all(site.name in whole for site in trained.sites):
-        second = SecondRun(whole if windowed else ())
-        made = _for_answer(job, made, second, held, scorer, anomalies) or _again(
-            job, made, second, held.clean
-        )
+        everywhere = SecondRun(() if len(whole) == len(windows) else whole)
+        found = _for_answer(job, made, calibration, everywhere, held, scorer, anomalies)
+        if isinstance(found, str):
+            made = _for_every_answer(job, made, everywhere, held)
+            found = replace(made, record=made.record | {"every_answer": found}) if found else made
+        made = found
     if held.bad is not None:
-        recall = recall_of(job, trained, scorer, held.bad, made.threshold)
+        answer = None if made.second_run is None else made.second_run.answer
+        counted = None if answer is None else _answered(job, held.bad.bad, answer)
+        recall = recall_of(job, trained, scorer, held.bad, made.threshold, counted)
         made = replace(made, recall=recall)
     return made
 
@@ -99,68 +107,110 @@ def _harm(job: Job, held: Held, *several: Made) -> list[float] | None:
     """How bad the bad inputs are with each detector; None where that cannot be told."""
     if held.bad is None:
         return None
+    original = Classifier(job.model, job.provider)
     try:
-        harm, _ = badness_on(held.bad, Classifier(job.model, job.provider))
-        return [harm(Classifier(_patched(job, made), job.provider)) for made in several]
+        harm, _ = badness_on(held.bad, original)
+        harm(original)
     except AtpatchError:  # no classifier, or nothing says what should be answered
         return None
+    found = []
+    for made in several:
+        try:
+            found.append(harm(Classifier(_patched(job, made), job.provider)))
+        except AtpatchError:  # it does not run on what it is made for
+            found.append(math.inf)
+    return found
 
 
-def _again(job: Job, made: Made, second: SecondRun, clean: Samples) -> Made:
+def _for_every_answer(job: Job, made: Made, everywhere: SecondRun, held: Held) -> Made:
     """With a second run for whatever is flagged, if the model takes one."""
-    if rerun_problem(job, _detector(job, made, second), clean):
+    if rerun_problem(job, _detector(job, made, everywhere), held.clean):
         return made
-    asked = second if second.sites else None
-    return replace(made, strategy=Strategy.RERUN.value, second_run=asked)
+    request = everywhere if everywhere.sites else None
+    return replace(made, strategy=Strategy.RERUN.value, second_run=request)
 
 
 def _for_answer(
-    job: Job, made: Made, second: SecondRun, held: Held, scorer: Scorer, anomalies: FloatArray
-) -> Made | None:
-    """With a second run for inputs that are answered as the attacker wants; None: impossible."""
-    if held.target is None or held.bad is None or made.calibration is None:
-        return None
-    try:
-        model = Classifier(job.model, job.provider)
-        answers = model.predictions(held.clean)
-    except AtpatchError:
-        return None
-    output = model.output
-    if output is None or job.view.rank(output) != 2 or not 0 <= held.target < (model.classes or 0):
-        return None
-    second = replace(second, answer=Answer(output, held.target, made.threshold))
-    if rerun_problem(job, _detector(job, made, second), held.clean):
-        return None
-    counted = np.where(answers == held.target, anomalies, 0.0)
-    asking = replace(
+    job: Job,
+    made: Made,
+    calibration: Calibration,
+    everywhere: SecondRun,
+    held: Held,
+    scorer: Scorer,
+    anomalies: FloatArray,
+) -> Made | str:
+    """With a second run for inputs that are answered as the attacker wants; or why there is none.
+
+    "" where nobody asks for it. Raises: InputError for a target that is no class.
+    """
+    if not held.one_answer or held.bad is None or held.bad.target is None:
+        return ""
+    answer = _answer(job, held.bad, held.bad.target, made.threshold)
+    if isinstance(answer, str):
+        return answer
+    request = replace(everywhere, answer=answer)
+    # Of the bad inputs the most are answered so, and run again where everything is flagged.
+    for samples in (held.clean, held.bad.bad):
+        if problem := rerun_problem(job, _detector(job, made, request), samples):
+            return problem
+    counted = np.where(_answered(job, held.clean, answer), anomalies, 0.0)
+    same = replace(
         made,
-        calibration=made.calibration.at(made.threshold, counted),
+        calibration=calibration.at(made.threshold, counted),
         strategy=Strategy.RERUN.value,
-        second_run=second,
+        second_run=request,
     )
-    calibration = calibrate(counted, made.calibration.budget, made.calibration.fit_inputs)
-    threshold = max(calibration.threshold, LEAST)
-    threshold = min(raised(threshold, scorer.largest(held.bad.bad)), made.threshold)
-    lower = replace(asking, threshold=threshold, calibration=calibration.at(threshold, counted))
+    lowest = calibrate(counted, calibration.budget, calibration.fit_inputs)
+    threshold = raised(max(lowest.threshold, LEAST), scorer.largest(held.bad.bad))
+    threshold = min(threshold, made.threshold)
+    lower = replace(same, threshold=threshold, calibration=lowest.at(threshold, counted))
+    harm = _harm(job, held, same, lower)
     # What is flagged besides the trigger is lost to the second run, which may need it.
-    harm = _harm(job, held, asking, lower)
-    return asking if harm is not None and harm[1] > harm[0] else lower
+    return same if harm is not None and harm[1] > harm[0] else lower
 
 
-def _detector(job: Job, made: Made, second: SecondRun | None) -> Detector:
+def _answer(job: Job, bad: DebuggingSet, target: int, otherwise: float) -> Answer | str:
+    """The answer that the bad inputs are to get; or why it cannot be waited for."""
+    scores = bad.about.get(SCORES)
+    output = scores if isinstance(scores, str) else None
+    try:
+        model = Classifier(job.model, job.provider, output=output)
+        share = float((model.predictions(bad.bad) == target).mean())
+    except AtpatchError as error:
+        return str(error)
+    output, classes = model.output, model.classes
+    assert output is not None
+    assert classes is not None
+    if not 0 <= target < classes:
+        raise InputError(
+            f"the debugging set says that the attacker wants class {target}, and '{output}' has "
+            f"the classes 0 to {classes - 1}: correct its 'target', or leave it out"
+        )
+    if share < MOST:
+        return f"the model sends only {share:.0%} of the bad inputs to class {target} of '{output}'"
+    return Answer(output, target, otherwise)
+
+
+def _answered(job: Job, samples: Samples, answer: Answer) -> NDArray[np.bool_]:
+    """Which samples the original answers so."""
+    model = Classifier(job.model, job.provider, output=answer.output)
+    return np.asarray(model.predictions(samples) == answer.number)
+
+
+def _detector(job: Job, made: Made, request: SecondRun | None) -> Detector:
     return Detector.unsaved(
         made.model,
         (site.name for site in made.sites),
         threshold=made.threshold,
         rows=job.rows,
-        second_run=second,
+        second_run=request,
     )
 
 
 def _patched(job: Job, made: Made) -> ModelFile:
-    """The model with a detector, as it asks for it."""
+    """The model with a detector, as it asks for it. Raises: RefusedError."""
     detector = _detector(job, made, made.second_run)
-    if made.strategy is not None:
+    if made.strategy == Strategy.RERUN.value:
         return spliced(job, detector, Redistribution.PRUNE, Strategy.RERUN)
     mode = Redistribution.BENIGN if detector.gives_benign else Redistribution.UNIFORM
     return spliced(job, detector, mode, Strategy.GUARD)

@@ -41,6 +41,7 @@ from .map_cnn import fit_map_cnn
 from .odd_text import is_text, odd_texts
 from .scores import Recall
 from .several import SEVERAL, fit_several
+from .statistics import windows_of
 from .zscore import fit_zscore
 
 ZSCORE = "zscore"
@@ -186,18 +187,19 @@ def _column_wise(
         return Made(fixed.model, DetectorScope.SITE, fixed.sites, 0.5, fixed.record)
     unseen, seen = halves(job, clean)
     train, judged = (None, None) if bad is None else split_bad(job, bad)
-    target = None if bad is None or every_answer else bad.target
     odd = odd_texts(job.model, inputs, unseen, job.generator()) if kind == ZSCORE else {}
-    held = Held(unseen, judged, seen.count, target, odd)
-    trained = _train(kind, job, seen, train)
-    windows = trained.whitening.windows
-    made = acting(job, trained, windows, held, fpr)
-    whole = tuple(site for site in job.sites if windows[site.name] == 1)
+    held = Held(unseen, judged, seen.count, kind in TRAINED and not every_answer, odd)
+    windows = windows_of(job, seen)
+    made = acting(job, _train(kind, job, seen, train), windows, held, fpr)
+    whole = tuple(site for site in job.sites if windows.get(site.name) == 1)
     if train is None or not 0 < len(whole) < len(job.sites):
         return made
     # Sites of one window a sample see the same tokens, so that a second run can prune all of them.
     alone = replace(job, sites=whole)
-    trained = _train(kind, alone, seen, train)
+    try:
+        trained = _train(kind, alone, seen, train)
+    except InputError:  # the bad inputs over-attend nothing there
+        return made
     return better(job, made, acting(alone, trained, windows, held, fpr), held)
 
 

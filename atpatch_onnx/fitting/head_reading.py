@@ -170,8 +170,7 @@ def _benign(
     nothing = {name: np.zeros((0, value.shape[1])) for name, value in columns.items()}
     heads = {name: site.heads for name, site in known.items()}
     keys = {name: site.keys for name, site in known.items()}
-    windows = dict.fromkeys(heads, 1)
-    whitening = Whitening((), nothing, nothing, dict(columns), heads, keys, buckets, windows)
+    whitening = Whitening((), nothing, nothing, dict(columns), heads, keys, buckets)
     table = tables_with_benign(job, whitening, clean).benign
     if table is None:
         return {}

@@ -65,9 +65,14 @@ class Recall:
 
 
 def recall_of(
-    job: Job, trained: Trained, scorer: Scorer, bad: DebuggingSet, threshold: float
+    job: Job,
+    trained: Trained,
+    scorer: Scorer,
+    bad: DebuggingSet,
+    threshold: float,
+    counted: NDArray[np.bool_] | None = None,
 ) -> Recall:
-    """Measure it on `bad`."""
+    """Measure it on `bad`; counted: which of the inputs may be flagged at all, None: every one."""
     reader = FeatureReader(job, trained.whitening.features)
     flagged_inputs: list[NDArray[np.bool_]] = []
     flagged_columns: list[NDArray[np.bool_]] = []
@@ -75,10 +80,13 @@ def recall_of(
     for values, anomalies in zip(reader.over(bad.bad), scorer.over(bad.bad), strict=True):
         anywhere = np.zeros(next(iter(values.values())).size, bool)
         marked = bad.marked(start, len(anywhere))
+        may = slice(start, start + len(anywhere))
         start += len(anywhere)
         for site in job.sites:
             found, anomaly = values[site.name], anomalies[site.name]
             flagged = np.asarray((anomaly > threshold).any(axis=(2, 3)), np.bool_)
+            if counted is not None:
+                flagged &= counted[may, None, None]
             anywhere |= flagged.any(axis=(1, 2))
             anomalous = over_attended(trained.whitening, site, found, marked)
             flagged_columns.append(flagged.reshape(anomalous.shape)[anomalous])

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from ..data import Samples
 from ..errors import InputError
-from ..passes.features import BUCKETS, HIDDEN
+from ..passes.features import BASIC, BUCKETS, HIDDEN
+from ..passes.locate import locate
 from ..passes.probe import Probe
 from ..passes.tables import Tables
 from ..probed import Probed
@@ -28,6 +29,8 @@ SPREAD_FLOOR = 0.1
 TAIL = 0.99
 """Distances are measured in this quantile of the largest distance in a clean input, so that no site
 and no feature, however heavy its tail, spends the whole false-positive budget."""
+WINDOWED = 4
+"""Samples that show how many windows there are."""
 UNSEEN = 1e3
 """The mean of a position that was never seen: it cannot be judged, its columns score nothing."""
 
@@ -187,8 +190,7 @@ class Whitening:
 
     spread: the distance from the mean that one clean input in a hundred reaches in any column.
 
-    buckets: whether the positions P are buckets; heads, keys: of each site; windows: how many maps
-        a sample has there.
+    buckets: whether the positions P are buckets; heads, keys: of each site.
     """
 
     features: tuple[str, ...]
@@ -198,7 +200,6 @@ class Whitening:
     heads: dict[str, int]
     keys: dict[str, int]
     buckets: bool
-    windows: dict[str, int]
 
     @property
     def positions(self) -> str:
@@ -236,6 +237,14 @@ class Whitening:
         return Tables(self.features, center, gains, benign, heads, same_keys, self.buckets)
 
 
+def windows_of(job: Job, samples: Samples) -> dict[str, int]:
+    """How many maps a sample has at each site of the main graph, whichever are fitted for."""
+    sites = tuple(site for site in locate(job.model.skeleton).sites if not site.path)
+    reader = FeatureReader(replace(job, sites=sites), BASIC)
+    some = samples.take(np.arange(min(WINDOWED, samples.count)))
+    return {name: found.windows for name, found in next(reader.over(some)).items()}
+
+
 def whiten(reader: FeatureReader, samples: Samples) -> Whitening:
     """Two runs over clean `samples`: what is normal at each site, and how heavy its tails are."""
     return in_tails(reader, samples, [standardised(reader, samples)])[0]
@@ -267,10 +276,8 @@ def standardised(reader: FeatureReader, samples: Samples) -> Whitening:
     """What is normal, with standard deviations as spreads."""
     names = reader.features
     known: dict[str, SiteStatistics] = {}
-    windows: dict[str, int] = {}
     for values in reader.over(samples):
         for site, found in values.items():
-            windows[site] = found.windows
             if site not in known:
                 known[site] = SiteStatistics.empty(len(names), *found.columns.shape[1:])
             known[site].add(found)
@@ -285,7 +292,6 @@ def standardised(reader: FeatureReader, samples: Samples) -> Whitening:
         {name: site.heads for name, site in known.items()},
         {name: site.keys for name, site in known.items()},
         buckets,
-        windows,
     )
 
 

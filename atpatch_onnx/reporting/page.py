@@ -196,7 +196,9 @@ def _sites(found: Findings) -> Iterator[_Site]:
 
 def _threshold(entry: Mapping[str, Any]) -> str:
     if entry.get("threshold") is not None:
-        return f"threshold {entry['threshold']:.4f}"
+        answer = entry.get("answer")
+        only = f", if '{answer['output']}' says class {answer['number']}" if answer else ""
+        return f"threshold {entry['threshold']:.4f}{only}"
     return "follows the others" if entry["strategy"] == "rerun" else "known columns"
 
 

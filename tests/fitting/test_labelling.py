@@ -37,7 +37,6 @@ def normal(site: Site, mean: float = 0.0) -> Whitening:
         {site.name: 1},
         {site.name: KEYS},
         buckets=False,
-        windows={site.name: 1},
     )
 
 

@@ -248,11 +248,41 @@ def test_columns_are_pruned_only_where_the_detector_says() -> None:
     np.testing.assert_allclose(after, wanted, atol=1e-5)
 
 
-def test_an_answer_that_no_site_changes_is_refused() -> None:
-    file = model_file(host())
-    asked = SecondRun(answer=Answer("scores", 0, otherwise=1.0))
-    with pytest.raises(RefusedError, match="'scores', on which it would depend, is no output"):
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (SecondRun(answer=Answer("scores", 0, 1.0)), "'scores', on which it would depend, is no"),
+        (SecondRun(answer=Answer("logits", 2, 1.0)), "has no class 2 of several"),
+        (SecondRun(answer=Answer("c0", 0, 1.0)), "'c0', on which it would depend, has no class"),
+        (SecondRun(("nope",)), "none of the sites where columns are to be pruned"),
+    ],
+)
+def test_what_the_model_has_not_cannot_be_asked(asked: SecondRun, words: str) -> None:
+    file = model_file(host(outputs="float[N, 2] logits, float[N, 5, 3] c0"))
+    with pytest.raises(RefusedError, match=words):
         spliced(file, splice(file, [0, 1], second_run=asked))
+
+
+def test_detectors_that_ask_for_different_second_runs_are_refused() -> None:
+    file = model_file(host())
+    first = splice(file, [0], second_run=SecondRun(answer=Answer("logits", 0, 0.9)))
+    same = splice(file, [1], second_run=SecondRun(answer=Answer("logits", 0, 0.8)))
+    other = splice(file, [1], second_run=SecondRun(answer=Answer("logits", 1, 0.9)))
+    for second, agree in ((same, True), (other, False)):
+        detectors = [
+            replace(each, detector=replace(each.detector, sha256=str(number)))
+            for number, one in enumerate((first, second))
+            for each in one.treatments.values()
+            if each.detector is not None
+        ]
+        names = [*first.treatments, *second.treatments]
+        both = replace(first, treatments=dict(zip(names, detectors, strict=True)))
+        if agree:
+            _, result = spliced(file, both)
+            assert [outcome.answer for outcome in result.patched] == [Answer("logits", 0, 1)] * 2
+        else:
+            with pytest.raises(RefusedError, match="ask for different second runs"):
+                spliced(file, both)
 
 
 def test_what_cannot_be_run_again_says_why() -> None:
