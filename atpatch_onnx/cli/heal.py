@@ -156,8 +156,8 @@ def fit(
         bool,
         typer.Option(
             "--every-answer",
-            help="Flag inputs whatever is answered, not only what the debugging set says is "
-            "attacked.",
+            help="Flag inputs whatever they are answered, not only those answered with the "
+            "debugging set's target.",
         ),
     ] = False,
     rerun: Annotated[
