@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 import onnx.parser
 import onnx.printer
 import pytest
@@ -18,6 +20,7 @@ from atpatch_onnx.passes.redistribute import Redistribution
 from atpatch_onnx.passes.splice import Splice, Strategy, Treatment
 from atpatch_onnx.passes.switches import FLAGGED
 from atpatch_onnx.runtime import Arrays, Session, choose_provider, onnxruntime
+from atpatch_onnx.second_run import Answer, SecondRun
 
 from forms import BODIES, form
 from hosts import (
@@ -121,6 +124,50 @@ def test_select_can_be_captured_in_a_cuda_graph(body: str, tmp_path: Path) -> No
     for _ in range(3):  # captured, then replayed
         session.run_with_iobinding(binding)
         assert np.array_equal(result.numpy(), wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float", "float16"])
+def test_a_second_run_flags_on_the_device_what_it_flags_on_the_cpu(
+    dtype: str, tmp_path: Path
+) -> None:
+    """Loud inputs of both classes, of which one is what an attacker wants."""
+    host = onnx.parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["" : 17]>
+        host ({dtype}[N, 1, 32, 16] x) => ({dtype}[N, 2] logits)
+        {{
+            k = Transpose <perm = [0, 1, 3, 2]> (x)
+            s = MatMul (x, k)
+            p = Softmax <axis = -1> (s)
+            y = MatMul (p, x)
+            m = ReduceMean <axes = [1, 2], keepdims = 0> (y)
+            logits = MatMul (m, head)
+        }}
+    """)
+    rng = np.random.default_rng(0)
+    head = rng.standard_normal((16, 2)).astype("f2" if dtype == "float16" else "f4")
+    head[0] = 0
+    host.graph.initializer.append(onnx.numpy_helper.from_array(head, "head"))
+    x = 0.3 * rng.standard_normal((64, 1, 32, 16))
+    x[..., 0] = 1  # what all tokens share, and a loud one appeals to
+    x[::2, :, 5] *= 6
+    feeds = {"x": x.astype(head.dtype)}
+    onnx.save(detector(COLUMN_MEAN, threshold=0.3), tmp_path / "det.onnx")
+    loaded = load_detector(tmp_path / "det.onnx", 17)
+    loaded = replace(loaded, second_run=SecondRun(answer=Answer("logits", 1, 1.0)))
+    treatment = Treatment(Redistribution.PRUNE, loaded)
+    file = model_file(host)
+    (site,) = locate(file.skeleton).sites
+    splice = Splice({site.name: treatment}, Strategy.RERUN, telemetry=True)
+    rewritten, result = spliced(file, splice)
+    cpu, cuda = (Session(rewritten.content(), ep).run(feeds) for ep in ("cpu", choose_provider()))
+    before = Session(host.SerializeToString(), choose_provider()).run(feeds)["logits"]
+    (outcome,) = result.patched
+    flagged = cuda[outcome.flagged].any(axis=(1, 2, 3))
+    assert 0 < flagged.sum() < 32
+    assert (before[flagged].argmax(axis=1) == 1).all()
+    np.testing.assert_array_equal(cuda[outcome.flagged], cpu[outcome.flagged])
+    np.testing.assert_array_equal(cuda["logits"][~flagged], before[~flagged])
+    np.testing.assert_allclose(cuda["logits"], cpu["logits"], atol=2e-2)
 
 
 @pytest.mark.parametrize("strategy", [Strategy.SELECT, Strategy.RERUN])
