@@ -33,6 +33,8 @@ from .trial import rerun_problem, spliced
 
 LEAST = 0.5
 """Lowest threshold: what is below is not even in the tail of a site's clean inputs (`levels`)."""
+ODD = 0.5
+"""Share of the budget for each way to be odd: there are more ways than those that are tried."""
 BETTER = 0.01
 """By how much a second run must beat one that works in flow to be worth its time, as a share of the
 bad inputs."""
@@ -46,7 +48,7 @@ class Held:
 
     seen: how many clean inputs it has seen; one_answer: whether only inputs that are answered as
         the attacker wants are to be flagged, where the bad ones say what that is.
-    odd: clean inputs that were made odd, by how; the budget is for each of them too.
+    odd: clean inputs that were made odd, by how; a share of the budget is for each of them.
     """
 
     clean: Samples
@@ -66,7 +68,7 @@ def acting(job: Job, trained: Trained, windows: Mapping[str, int], held: Held, f
     scorer = Scorer(job, trained.model)
     anomalies = scorer.largest(held.clean)
     calibration = calibrate(anomalies, fpr, held.seen)
-    others = [calibrate(scorer.largest(some), fpr, held.seen) for some in held.odd.values()]
+    others = [calibrate(scorer.largest(odd), ODD * fpr, held.seen) for odd in held.odd.values()]
     highest = max(c.threshold for c in (calibration, *others))
     if highest > calibration.threshold:
         calibration = calibration.at(highest, anomalies)
