@@ -240,6 +240,8 @@ class Whitening:
 def windows_of(job: Job, samples: Samples) -> dict[str, int]:
     """How many maps a sample has at each site of the main graph, whichever are fitted for."""
     sites = tuple(site for site in locate(job.model.skeleton).sites if not site.path)
+    if not sites:
+        return {}
     reader = FeatureReader(replace(job, sites=sites), BASIC)
     some = samples.take(np.arange(min(WINDOWED, samples.count)))
     return {name: found.windows for name, found in next(reader.over(some)).items()}
