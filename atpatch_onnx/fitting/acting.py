@@ -84,11 +84,13 @@ def acting(job: Job, trained: Trained, windows: Mapping[str, int], held: Held, f
     whole = tuple(name for name, count in windows.items() if count == 1)
     if all(site.name in whole for site in trained.sites):
         everywhere = SecondRun(() if len(whole) == len(windows) else whole)
-        found = _for_answer(job, made, calibration, everywhere, held, scorer, anomalies)
-        if isinstance(found, str):
+        waiting = _for_answer(job, made, calibration, everywhere, held, scorer, anomalies)
+        if not isinstance(waiting, str):
+            made = waiting
+        else:
             made = _for_every_answer(job, made, everywhere, held)
-            found = replace(made, record=made.record | {"every_answer": found}) if found else made
-        made = found
+            if waiting:
+                made = replace(made, record=made.record | {"every_answer": waiting})
     if held.bad is not None:
         answer = None if made.second_run is None else made.second_run.answer
         counted = None if answer is None else _answered(job, held.bad.bad, answer)
