@@ -85,14 +85,13 @@ def shipped(name: str, folder: Path, *, toggle: bool) -> Row | None:
     except Exception as error:  # exporters raise whatever they raise
         print(f"{name}: no patched export: {first_line(error)}", flush=True)
         return None
-    return Row(
-        name,
-        toggle,
+    said = (
         _triton(folder, data, 0),
         _triton(folder, data, 8),
         _edge(folder, data, "model.patched.onnx"),
         _edge(folder, data, "fix.atpatch"),
     )
+    return Row(name, toggle, *(text.replace(f"{folder}/", "") for text in said))
 
 
 def _triton(folder: Path, data: Path, max_batch_size: int) -> str:
