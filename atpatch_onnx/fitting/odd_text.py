@@ -45,9 +45,8 @@ def odd_texts(
     if not is_text(inputs):
         return {}
     sizes = vocabulary_sizes(model)
-    known = sorted(sizes, key=sizes.__getitem__, reverse=True)
     try:
-        layout = TokenLayout.of(inputs, samples, known)
+        layout = TokenLayout.of(inputs, samples, list(sizes))
     except InputError:
         return {}
     if layout.ids not in sizes:

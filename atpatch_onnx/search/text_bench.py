@@ -52,8 +52,7 @@ class TextBench:
     def of(cls, problem: Problem) -> TextBench:
         """The bench of a problem. Raises: InputError where no input holds token ids."""
         sizes = vocabulary_sizes(problem.model)
-        known = sorted(sizes, key=lambda name: -sizes[name])
-        layout = TokenLayout.of(problem.classifier.inputs, problem.search, known)
+        layout = TokenLayout.of(problem.classifier.inputs, problem.search, list(sizes))
         layout = _probed(layout, problem.classifier, problem.search)
         seen = int(problem.search.arrays[layout.ids].max()) + 1
         ids = np.arange(sizes.get(layout.ids, seen))

@@ -22,6 +22,7 @@ _LOOKUPS = {  # operator: input slots of the ids and of the table
 def vocabulary_sizes(model: ModelFile) -> dict[str, int]:
     """Rows of the largest table that each input of the model is looked up in, by input name.
 
+    The input with the largest table comes first.
     Inputs that are looked up in no stored table are left out. Tables may be quantised, and their
     bytes are not read.
     """
@@ -36,7 +37,7 @@ def vocabulary_sizes(model: ModelFile) -> dict[str, int]:
         table = view.initializers.get(_upstream(view, node.input[slots[1]], _SAME_ROWS))
         if source in given and table is not None and len(table.dims) >= 2:
             sizes[source] = max(sizes.get(source, 0), table.dims[0])
-    return sizes
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
 
 def _upstream(view: GraphView, value: str, through: frozenset[str]) -> str:
